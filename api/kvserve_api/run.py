@@ -1,0 +1,199 @@
+"""A profiling run: its inputs, as the operator or the command line gives them, and its progress.
+
+The inputs are identified by the digest of what decides the result. Quality budgets are not part of it: they only say
+which of the measured profiles may be used, so that editing a budget needs no new run.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from kvserve_api.canonical import canonical_json, digest
+from kvserve_api.errors import SpecError
+from kvserve_api.fields import Fields
+from kvserve_api.policy import Policy
+from kvserve_api.profile_set import DEFAULT_CLASS
+
+SCHEMA: Final = "kvserve.io/run/v1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassInputs:
+    """What a run needs to know of a workload class.
+
+    Attributes:
+        max_loss_bp: The quality budget, in basis points.
+        text_digest: Digest of its evaluation text; None for the built-in corpus.
+    """
+
+    max_loss_bp: int
+    text_digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInputs:
+    """What to profile.
+
+    Attributes:
+        policy: ``namespace/name`` of the policy.
+        model: Hub id, or the name of what lies at ``model_path``.
+        revision: Revision on the hub, or empty.
+        model_source: Where a model that is not from the hub is, in words that change when it does; empty for the hub.
+        classes: The workload classes by name; always with ``default``.
+        max_trials: Most strategies to measure.
+        image: The image of the profiler, because another version may measure differently; empty outside a cluster.
+        seed: Of everything random.
+    """
+
+    policy: str
+    model: str
+    revision: str
+    model_source: str
+    classes: Mapping[str, ClassInputs]
+    max_trials: int
+    image: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if DEFAULT_CLASS not in self.classes:
+            raise SpecError("classes", f"must hold the class {DEFAULT_CLASS!r}")
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that decides the result."""
+        value = self.to_json()
+        for inputs in value["classes"].values():
+            del inputs["max_loss_bp"]
+        return digest(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the inputs as an object."""
+        return {
+            "schema": SCHEMA,
+            "policy": self.policy,
+            "model": self.model,
+            "revision": self.revision,
+            "model_source": self.model_source,
+            "classes": {
+                name: {"max_loss_bp": c.max_loss_bp, "text_digest": c.text_digest}
+                for name, c in self.classes.items()
+            },
+            "max_trials": self.max_trials,
+            "image": self.image,
+            "seed": self.seed,
+        }
+
+    def canonical(self) -> bytes:
+        """Return the canonical JSON."""
+        return canonical_json(self.to_json())
+
+    @classmethod
+    def of_policy(
+        cls, policy: Policy, *, text_digests: Mapping[str, str | None], image: str = ""
+    ) -> Self:
+        """Return the inputs of a policy's run.
+
+        Args:
+            policy: The policy.
+            text_digests: For each workload class the digest of its evaluation text, None for the built-in corpus.
+            image: The image of the profiler.
+        """
+        source = policy.model.source
+        return cls(
+            policy=policy.key,
+            model=policy.model.name,
+            revision=policy.model.revision,
+            model_source=f"pvc:{source.claim_name}/{source.path}" if source else "",
+            classes={
+                name: ClassInputs(max_loss_bp=c.max_loss_bp, text_digest=text_digests.get(name))
+                for name, c in policy.classes.items()
+            },
+            max_trials=policy.profiling.max_trials,
+            image=image,
+        )
+
+    @classmethod
+    def parse(cls, document: bytes) -> Self:
+        """Read the inputs.
+
+        Raises:
+            SpecError: They are not JSON, or a key is missing, unknown or of the wrong type.
+        """
+        try:
+            value = json.loads(document)
+        except (ValueError, RecursionError) as error:
+            raise SpecError("inputs", f"is not JSON: {error}") from error
+        fields = Fields(value)
+        fields.string("schema", choices=[SCHEMA])
+        classes = {}
+        table = fields.child("classes")
+        for name in table.mapping_of():
+            item = table.child(name)
+            classes[name] = ClassInputs(
+                max_loss_bp=item.integer("max_loss_bp", minimum=0, maximum=10_000),
+                text_digest=item.string("text_digest", None, max_length=80),
+            )
+            item.done()
+        inputs = cls(
+            policy=fields.string("policy", max_length=256),
+            model=fields.string("model", max_length=512),
+            revision=fields.string("revision", "", max_length=128),
+            model_source=fields.string("model_source", ""),
+            classes=classes,
+            max_trials=fields.integer("max_trials", minimum=1, maximum=4096),
+            image=fields.string("image", ""),
+            seed=fields.integer("seed", 0, minimum=0),
+        )
+        fields.done()
+        return inputs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        completed: Strategies measured.
+        failed: Strategies that could not be measured.
+        total: Strategies to measure in all.
+        message: What the run ended with, or is doing, for people.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    total: int = 0
+    message: str = ""
+
+    def __str__(self) -> str:
+        """Return ``37/64``."""
+        return f"{self.completed + self.failed}/{self.total}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the progress as an object."""
+        return {
+            "completed": self.completed,
+            "failed": self.failed,
+            "total": self.total,
+            "message": self.message,
+        }
+
+    @classmethod
+    def parse(cls, document: str) -> Self:
+        """Read the progress.
+
+        Raises:
+            SpecError: It is not JSON, or a key is missing, unknown or of the wrong type.
+        """
+        try:
+            fields = Fields(json.loads(document), "progress")
+        except (ValueError, RecursionError) as error:
+            raise SpecError("progress", f"is not JSON: {error}") from error
+        progress = cls(
+            completed=fields.integer("completed", minimum=0),
+            failed=fields.integer("failed", minimum=0),
+            total=fields.integer("total", minimum=0),
+            message=fields.string("message", "", max_length=1024),
+        )
+        fields.done()
+        return progress

@@ -1,0 +1,103 @@
+"""Names, units and descriptions of every span, metric and attribute KVServe emits.
+
+OpenTelemetry has no convention for KV-cache transfers, so ours live below ``kvserve.``.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instrument:
+    """A metric: its name, its unit (UCUM) and what it counts."""
+
+    name: str
+    unit: str
+    description: str
+
+
+# Spans: a transfer's are children of the request's own trace where the client sent one.
+SPAN_PREFILL: Final = "kvserve.prefill"
+SPAN_TRANSFER: Final = "kvserve.transfer"
+SPAN_ENCODE: Final = "kvserve.encode"
+SPAN_WIRE: Final = "kvserve.wire"
+SPAN_DECODE: Final = "kvserve.decode"
+SPAN_PROFILE_RUN: Final = "kvserve.profile.run"
+SPAN_PROFILE_TRIAL: Final = "kvserve.profile.trial"
+SPAN_COMPILE: Final = "kvserve.controller.compile"
+SPAN_RECONCILE: Final = "kvserve.operator.reconcile"
+
+# Attributes.
+ATTR_POLICY: Final = "kvserve.policy"
+ATTR_PROFILE: Final = "kvserve.profile"
+ATTR_WORKLOAD: Final = "kvserve.workload"
+ATTR_TABLE_VERSION: Final = "kvserve.table.version"
+ATTR_BOUND: Final = "kvserve.selection.bound"
+ATTR_REASON: Final = "kvserve.reason"
+ATTR_DIRECTION: Final = "kvserve.direction"
+ATTR_STAGE: Final = "kvserve.stage"
+ATTR_NATIVE_BYTES: Final = "kvserve.native_bytes"
+ATTR_WIRE_BYTES: Final = "kvserve.wire_bytes"
+
+# Metrics of the connector.
+TRANSFER_NATIVE_BYTES: Final = Instrument(
+    name="kvserve.transfer.native_bytes",
+    unit="By",
+    description="KV-cache bytes transferred, before compression, by profile and direction.",
+)
+TRANSFER_WIRE_BYTES: Final = Instrument(
+    name="kvserve.transfer.wire_bytes",
+    unit="By",
+    description="Bytes on the wire, headers and checksums included, by profile and direction.",
+)
+TRANSFER_STAGE_DURATION: Final = Instrument(
+    name="kvserve.transfer.stage.duration",
+    unit="s",
+    description="Time of each stage of a transfer (encode, wire, decode, total), by profile.",
+)
+TRANSFER_FAILURES: Final = Instrument(
+    name="kvserve.transfer.failures",
+    unit="{transfer}",
+    description="Transfers that were recomputed instead, by reason.",
+)
+SELECTIONS: Final = Instrument(
+    name="kvserve.selections",
+    unit="{transfer}",
+    description="Profiles chosen, by profile and by what decided.",
+)
+TABLE_AGE: Final = Instrument(
+    name="kvserve.table.age",
+    unit="s",
+    description="Seconds since the controller was last heard of.",
+)
+
+# Metrics of the controller.
+CONTROLLER_STREAMS: Final = Instrument(
+    name="kvserve.controller.streams",
+    unit="{stream}",
+    description="Connected pods, by policy and state (synced, pending, rejected).",
+)
+CONTROLLER_PUSHES: Final = Instrument(
+    name="kvserve.controller.pushes",
+    unit="{table}",
+    description="Tables pushed, by policy and outcome (ack, nack, timeout).",
+)
+
+# Metrics of the operator.
+RECONCILES: Final = Instrument(
+    name="kvserve.operator.reconciles",
+    unit="{reconcile}",
+    description="Reconciliations, by outcome.",
+)
+OPERATOR_WRITES: Final = Instrument(
+    name="kvserve.operator.writes",
+    unit="{request}",
+    description="Writes to the API server, by kind and verb.",
+)
+
+# Metrics of the profiler.
+PROFILE_TRIALS: Final = Instrument(
+    name="kvserve.profile.trials",
+    unit="{trial}",
+    description="Strategies measured, by outcome.",
+)
