@@ -1,0 +1,3 @@
+"""What all tests share: the test cluster's fixtures."""
+
+pytest_plugins = ["testcluster.pytest_plugin"]

@@ -1,0 +1,3 @@
+module kvserve.io/testcluster/pause
+
+go 1.26.0
