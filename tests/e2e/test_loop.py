@@ -1,0 +1,228 @@
+"""The whole loop on a real node: what `make demo` does, and what must hold around it.
+
+One run of the demo's steps serves all tests here; they look at what it left and then break things, in this order.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from demo import chat
+from demo.forward import forward
+from demo.job import NAMESPACE, POLICY, SYSTEM, Job, Settings
+from demo.load import Answer, ask
+from kvserve_api import telemetry
+from kvserve_api.names import LABEL_POLICY
+from otlp_receiver import Receiver, Span
+from testcluster.cluster import Cluster, existing_cluster
+from testcluster.errors import UnavailableHereError
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = "jobs,configmaps,serviceaccounts,roles,rolebindings,pods"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """A cluster on which the demo has run, and what it reported."""
+
+    cluster: Cluster
+    report: dict[str, Any]
+    receiver: Receiver
+
+    def policy(self) -> dict[str, Any]:
+        """Return the policy as it is now."""
+        text = self.cluster.kubectl("get", "kvp", POLICY, "-n", NAMESPACE, "-o", "json")
+        policy: dict[str, Any] = json.loads(text)
+        return policy
+
+    def children(self) -> list[str]:
+        """Return the names of all objects that carry the policy's label."""
+        selector = f"{LABEL_POLICY}={POLICY}"
+        names = self.cluster.kubectl("get", KINDS, "-n", NAMESPACE, "-l", selector, "-o", "name")
+        return sorted(names.split())
+
+
+@pytest.fixture(scope="module")
+def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """The demo's steps, run once."""
+    if existing_cluster() is not None:
+        pytest.skip(
+            "runs pods from this machine's environment, which an existing cluster can't see"
+        )
+    try:
+        host_ip = cluster.own.host_ip
+    except UnavailableHereError as error:
+        pytest.skip(str(error))
+    with Receiver(host_ip) as receiver:
+        settings = Settings(
+            root=ROOT,
+            out=tmp_path_factory.mktemp("demo"),
+            fast_mbit=1000,
+            slow_mbit=50,
+            max_tokens=8,
+            otlp_endpoint=receiver.endpoint,
+            prompts=3,
+        )
+        model = chat.convert_model(ROOT)
+        cluster.kubectl("create", "namespace", NAMESPACE)
+        chat.apply(cluster, [chat.volume(model, NAMESPACE)], NAMESPACE)
+        with Path(os.devnull).open("w") as nowhere:
+            report = Job(settings, Console(file=nowhere)).run_on(cluster, shaped=True)
+        yield Loop(cluster=cluster, report=report, receiver=receiver)
+        with contextlib.suppress(Exception):
+            cluster.helm("uninstall", "kvserve", "-n", SYSTEM)
+
+
+def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
+    """Raw requests move every byte; under KVServe fewer, and a slow link gets a stronger profile than a fast one."""
+    ratios = {row["profile"]: row["ratio"] for row in loop.report["pareto"]}
+    raw, slow_raw, *ours = loop.report["phases"]
+    for phase in (raw, slow_raw):
+        assert phase["profiles"] == {"none": 3}
+        assert phase["bytes_raw"] <= phase["bytes_wire"] < 1.01 * phase["bytes_raw"]
+    fast, slow, again = ours
+    for phase in ours:
+        assert sum(phase["profiles"].values()) == 3
+        assert phase["bytes_raw"] == raw["bytes_raw"]
+        assert phase["bytes_wire"] < phase["bytes_raw"]
+    strongest = max(slow["profiles"], key=lambda name: ratios[name])
+    assert slow["bytes_wire"] < fast["bytes_wire"]
+    assert slow["bytes_wire"] < again["bytes_wire"]
+    assert ratios[strongest] > min(ratios[name] for name in fast["profiles"])
+    assert loop.report["profile_switches"], "the status tells no switch"
+
+
+def test_every_profile_in_use_is_within_the_budget(loop: Loop) -> None:
+    """The upper confidence limit of each profile that was used is below the policy's budget."""
+    budget = loop.policy()["spec"]["quality"]["maxLossBasisPoints"]
+    upper = {row["profile"]: row["loss_bp_upper"] for row in loop.report["pareto"]}
+    used = {name for phase in loop.report["phases"] for name in phase["profiles"]}
+    assert {name: upper[name] for name in used if upper[name] > budget} == {}
+
+
+def test_kubectl_get_tells_the_story(loop: Loop) -> None:
+    """One line says whether it works, which profile, on how many pods and how far profiling is."""
+    header, row, *_ = loop.cluster.kubectl("get", "kvp", "-n", NAMESPACE).splitlines()
+    columns = header.split()
+    assert columns[0] == "NAME"
+    assert {"MODE", "READY", "PROFILE", "SYNCED", "PROGRESS"} <= set(columns)
+    values = dict(zip(columns, row.split(), strict=False))
+    assert (values["NAME"], values["READY"], values["SYNCED"]) == ("chat", "True", "2/2")
+    done, _, total = values["PROGRESS"].partition("/")
+    assert done == total
+
+
+def test_one_trace_goes_from_prefill_to_decode(loop: Loop) -> None:
+    """A request's prefill, encode, wire and decode are spans of one trace, from both pods."""
+    wanted = {
+        telemetry.SPAN_PREFILL,
+        telemetry.SPAN_ENCODE,
+        telemetry.SPAN_WIRE,
+        telemetry.SPAN_DECODE,
+    }
+
+    def complete() -> list[list[Span]]:
+        traces: dict[str, list[Span]] = {}
+        for span in loop.receiver.spans:
+            traces.setdefault(span.trace_id, []).append(span)
+        return [spans for spans in traces.values() if wanted <= {span.name for span in spans}]
+
+    assert loop.receiver.wait_for(lambda: len(complete()) >= 3, timeout_s=30.0)
+    services = {span.service for span in complete()[0] if span.name in wanted}
+    assert services == {"chat-prefill", "chat-decode"}
+
+
+def test_every_part_sends_its_metrics(loop: Loop) -> None:
+    """Operator, controller and both pods report, under the names and units of the api package."""
+    wanted = {
+        telemetry.TRANSFER_WIRE_BYTES,
+        telemetry.SELECTIONS,
+        telemetry.CONTROLLER_PUSHES,
+        telemetry.RECONCILES,
+    }
+
+    def missing() -> set[tuple[str, str]]:
+        seen = {(point.name, point.unit) for point in loop.receiver.points}
+        return {(instrument.name, instrument.unit) for instrument in wanted} - seen
+
+    loop.receiver.wait_for(lambda: not missing(), timeout_s=75.0)
+    assert missing() == set()
+
+
+def test_a_killed_controller_loses_no_request(loop: Loop) -> None:
+    """Requests that run while the controller is killed and comes back are all answered, and both pods sync again."""
+    answers: list[Answer | Exception] = []
+
+    def client(router: str) -> None:
+        for number in range(4):
+            try:
+                answers.append(ask(router, chat.MODEL, str(number), "word " * 200, max_tokens=4))
+            except Exception as error:
+                answers.append(error)
+
+    with forward(loop.cluster, "service/chat-router", 8000, namespace=NAMESPACE) as router:
+        thread = threading.Thread(target=client, args=(router,))
+        thread.start()
+        time.sleep(0.5)
+        loop.cluster.kubectl(
+            "delete", "pod", "-n", SYSTEM, "-l", "app.kubernetes.io/component=controller",
+            "--grace-period=0", "--force",
+        )  # fmt: skip
+        thread.join(timeout=120)
+    assert [type(answer) for answer in answers] == [Answer] * 4
+    before = loop.policy()["status"]["activeProfile"]["version"]
+    deadline_s = time.monotonic() + 60.0
+    while time.monotonic() < deadline_s:
+        status = loop.policy()["status"]
+        if status["synced"] == "2/2" and status["activeProfile"]["version"] != before:
+            break
+        time.sleep(0.5)
+    epoch = [
+        int(version.partition(".")[0]) for version in (before, status["activeProfile"]["version"])
+    ]
+    assert status["synced"] == "2/2"
+    assert epoch[1] >= epoch[0]
+
+
+def test_a_killed_operator_starts_no_second_run(loop: Loop) -> None:
+    """After the operator was killed and is back, the policy has the same children and the same generation of status."""
+    before = loop.children()
+    conditions = loop.policy()["status"]["conditions"]
+    loop.cluster.kubectl(
+        "delete", "pod", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator",
+        "--grace-period=0", "--force",
+    )  # fmt: skip
+    loop.cluster.kubectl(
+        "rollout", "status", "-n", SYSTEM, "deployment/kvserve-operator", "--timeout=60s",
+        timeout_s=90.0,
+    )  # fmt: skip
+    time.sleep(5.0)
+    assert loop.children() == before
+    assert loop.policy()["status"]["conditions"] == conditions
+
+
+def test_helm_test_passes(loop: Loop) -> None:
+    """The chart's own test finds CRD and controller."""
+    out = loop.cluster.helm("test", "kvserve", "-n", SYSTEM, "--timeout", "90s")
+    assert "Succeeded" in out
+
+
+def test_deleting_the_policy_leaves_nothing(loop: Loop) -> None:
+    """`kubectl delete kvp` removes every child, and the pods go back to raw."""
+    assert loop.children()
+    loop.cluster.kubectl("delete", "kvp", POLICY, "-n", NAMESPACE, "--wait=true")
+    deadline_s = time.monotonic() + 60.0
+    while loop.children() and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+    assert loop.children() == []

@@ -1,0 +1,281 @@
+"""The steps of the main job, in order, each with its progress on the terminal."""
+
+import contextlib
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from demo import chat, prometheus, report
+from demo.forward import forward
+from demo.load import Answer, ask
+from testcluster import ClusterSpec, hostpods, start
+from testcluster.cluster import Cluster, existing_cluster
+
+SYSTEM = "kvserve-system"
+NAMESPACE = "chat"
+POLICY = "chat"
+MEGABIT_BYTES = 125_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        root: The clone.
+        out: Where results and logs go.
+        fast_mbit: The link's normal bandwidth, in Mbit/s.
+        slow_mbit: Its bandwidth when it drops, in Mbit/s.
+        max_tokens: Tokens generated for each request.
+        otlp_endpoint: Where all parts send traces and metrics, as the pods reach it; empty for nowhere.
+        prompts: How many of the example's prompts to send in each phase.
+    """
+
+    root: Path
+    out: Path
+    fast_mbit: int
+    slow_mbit: int
+    max_tokens: int
+    otlp_endpoint: str = ""
+    prompts: int = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What the decode pod has counted so far."""
+
+    profiles: Counter[str]
+    native_bytes: int
+    wire_bytes: int
+    failures: Counter[str]
+
+
+class Job:
+    """One run of the main job."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.start_s = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Run all steps and return the report.
+
+        Raises:
+            ClusterError: A step on the cluster failed.
+            TimeoutError: Something did not become ready in time.
+            RuntimeError: A request failed, or KV was recomputed where nothing was broken.
+        """
+        existing = existing_cluster()
+        if existing is not None:
+            self.console.print(
+                "Using the cluster of KUBECONFIG: its links can't be shaped from here."
+            )
+            return self.run_on(existing, shaped=False)
+        model = self._step("model", lambda: chat.convert_model(self.settings.root))
+        spec = ClusterSpec(nodes=1, keep_logs=self.settings.out / "logs")
+        with self._step("cluster", lambda: start(spec)) as cluster:
+            chat_volume = chat.volume(model, NAMESPACE)
+            cluster.kubectl("create", "namespace", NAMESPACE)
+            chat.apply(cluster, [chat_volume], NAMESPACE)
+            return self.run_on(cluster, shaped=True)
+
+    def run_on(self, cluster: Cluster, *, shaped: bool) -> dict[str, Any]:
+        """Run the steps that come after a cluster is there, and return the report.
+
+        Args:
+            cluster: Where to run; it is left as it is then, with everything installed.
+            shaped: It is ours: its links can be shaped, and its pods run from this machine's environment.
+        """
+        self._step("helm install kvserve helm/kvserve", lambda: self._install(cluster, shaped))
+        self._serve(cluster, on_host=shaped)
+        fast, slow = (self.settings.fast_mbit, self.settings.slow_mbit) if shaped else (None, None)
+        with (
+            forward(cluster, "service/chat-router", 8000, namespace=NAMESPACE) as router,
+            forward(cluster, "service/chat-decode", 8000, namespace=NAMESPACE) as decode,
+        ):
+            self._phase_requests(router, None, "warm-up", prompts=self._prompts()[:1])
+            phases = [
+                self._phase(cluster, router, decode, mbit, "raw")
+                for mbit in dict.fromkeys((fast, slow))
+            ]
+            if shaped:
+                self._shape(cluster, fast)
+            pareto = self._apply_policy(cluster)
+            bandwidths = (fast, slow, fast) if shaped else (None,)
+            phases += [self._phase(cluster, router, decode, mbit, "kvserve") for mbit in bandwidths]
+            # the status is written every two seconds
+            time.sleep(3.0)
+            switches = self._switches(cluster)
+        self.console.print(cluster.kubectl("get", "kvp", "-n", NAMESPACE), end="", highlight=False)
+        return report.build(pareto=pareto, phases=phases, switches=switches)
+
+    def _install(self, cluster: Cluster, on_host: bool) -> None:
+        values = hostpods.chart_values() if on_host else {}
+        if self.settings.otlp_endpoint:
+            values["otel"] = {"endpoint": self.settings.otlp_endpoint}
+        cluster.helm(
+            "install", "kvserve", str(self.settings.root / "helm" / "kvserve"), "-n", SYSTEM,
+            "--create-namespace", "--wait", "--timeout", "120s", "-f", "-",
+            input=yaml.safe_dump(values),
+        )  # fmt: skip
+
+    def _serve(self, cluster: Cluster, *, on_host: bool) -> None:
+        if not on_host:
+            with contextlib.suppress(Exception):
+                cluster.kubectl("create", "namespace", NAMESPACE)
+        files = ["model-pvc.yaml", "serving.yaml"] if on_host else [
+            "model-pvc.yaml", "model-download.yaml", "serving.yaml",
+        ]  # fmt: skip
+        for name in files:
+            objects = chat.manifests(self.settings.root, name, on_host=on_host)
+            if self.settings.otlp_endpoint:
+                chat.send_telemetry(objects, self.settings.otlp_endpoint)
+            chat.apply(cluster, objects, NAMESPACE)
+        with self.console.status("vLLM starts") as status:
+            chat.wait_ready(
+                cluster, NAMESPACE, timeout_s=300.0,
+                tell=lambda line: status.update(f"two vLLM servers and a router start: {line}"),
+            )  # fmt: skip
+        self._done("prefill, decode and router are ready")
+
+    def _apply_policy(self, cluster: Cluster) -> dict[str, Any]:
+        path = self.settings.root / chat.EXAMPLE / "policy.yaml"
+        cluster.kubectl("apply", "-n", NAMESPACE, "-f", str(path))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        deadline_s = time.monotonic() + 300.0
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("kubectl apply -f policy.yaml", total=None)
+            while True:
+                policy = self._policy(cluster)
+                status = policy.get("status", {})
+                run = status.get("profiling", {})
+                ready = _condition(policy, "Ready")
+                progress.update(
+                    task,
+                    completed=run.get("trialsCompleted", 0) + run.get("trialsFailed", 0),
+                    total=run.get("trialsTotal") or None,
+                    description=f"policy: {ready.get('reason', 'not seen yet')}",
+                )
+                if ready.get("status") == "True" and status.get("synced") == "2/2":
+                    break
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"the policy is not Ready after 300 s: {json.dumps(status)}")
+                time.sleep(0.5)
+        self._done("the policy is profiled, and both pods have acknowledged its table")
+        name = status["pareto"]["configMapRef"]["name"]
+        config_map = json.loads(
+            cluster.kubectl("get", "configmap", name, "-n", NAMESPACE, "-o", "json")
+        )
+        pareto: dict[str, Any] = json.loads(config_map["data"]["pareto.json"])
+        return pareto
+
+    def _policy(self, cluster: Cluster) -> dict[str, Any]:
+        text = cluster.kubectl("get", "kvp", POLICY, "-n", NAMESPACE, "-o", "json")
+        policy: dict[str, Any] = json.loads(text)
+        return policy
+
+    def _phase(
+        self, cluster: Cluster, router: str, decode: str, mbit: int | None, mode: str
+    ) -> report.Phase:
+        if mbit is not None:
+            self._shape(cluster, mbit)
+        before = self._traffic(decode)
+        answers = self._phase_requests(router, mbit, mode, prompts=self._prompts())
+        after = self._traffic(decode)
+        if failures := after.failures - before.failures:
+            raise RuntimeError(f"KV was recomputed though nothing was broken: {dict(failures)}")
+        return report.Phase(
+            bandwidth_mbit=mbit,
+            mode=mode,
+            answers=answers,
+            bytes_raw=after.native_bytes - before.native_bytes,
+            bytes_wire=after.wire_bytes - before.wire_bytes,
+            profiles=after.profiles - before.profiles,
+        )
+
+    def _phase_requests(
+        self, router: str, mbit: int | None, mode: str, *, prompts: list[tuple[str, str]]
+    ) -> list[Answer]:
+        link = f"{mbit} Mbit/s" if mbit is not None else "the link as it is"
+        answers = []
+        with self.console.status("") as status:
+            for number, (name, prompt) in enumerate(prompts, 1):
+                status.update(f"{mode}, {link}: request {number}/{len(prompts)} ({name})")
+                try:
+                    answers.append(
+                        ask(router, chat.MODEL, name, prompt, max_tokens=self.settings.max_tokens)
+                    )
+                except httpx.HTTPError as error:
+                    raise RuntimeError(
+                        f"request {name} failed ({mode}, {link}): {error}"
+                    ) from error
+        median = report.quantiles([answer.jct_s for answer in answers])["p50"]
+        self._done(f"{mode}, {link}: {len(answers)} requests, completion p50 {median:.2f} s")
+        return answers
+
+    def _shape(self, cluster: Cluster, mbit: int | None) -> None:
+        assert mbit is not None
+        prefill = chat.pod(cluster, "chat-prefill", NAMESPACE)
+        decode = chat.pod(cluster, "chat-decode", NAMESPACE)
+        cluster.shape(prefill, decode, mbit, namespace=NAMESPACE)
+
+    def _prompts(self) -> list[tuple[str, str]]:
+        folder = self.settings.root / chat.EXAMPLE / "prompts"
+        paths = sorted(folder.glob("*.txt"))[: self.settings.prompts]
+        return [(path.stem, path.read_text()) for path in paths]
+
+    def _traffic(self, decode: str) -> Traffic:
+        page = httpx.get(f"{decode}/metrics", timeout=30.0).text
+        return Traffic(
+            profiles=prometheus.totals(page, "vllm:kvserve_transfers_total", "profile"),
+            native_bytes=prometheus.totals(page, "vllm:kvserve_native_bytes_total", "").total(),
+            wire_bytes=prometheus.totals(page, "vllm:kvserve_wire_bytes_total", "").total(),
+            failures=prometheus.totals(page, "vllm:kvserve_transfer_failures_total", "reason"),
+        )
+
+    def _switches(self, cluster: Cluster) -> list[dict[str, Any]]:
+        """Return the policy's history as seconds since its first entry, oldest first."""
+        history = self._policy(cluster).get("status", {}).get("history", [])
+        times = [datetime.fromisoformat(entry["time"]) for entry in history]
+        first = min(times, default=None)
+        rows = [
+            {
+                "at_s": (moment - first).total_seconds() if first else 0.0,
+                "from": entry.get("from"),
+                "to": entry["to"],
+                "reason": entry["reason"],
+            }
+            for moment, entry in zip(times, history, strict=True)
+        ]
+        return sorted(rows, key=lambda row: row["at_s"])
+
+    def _step(self, name: str, action: Any) -> Any:
+        with self.console.status(name):
+            result = action()
+        self._done(name)
+        return result
+
+    def _done(self, what: str) -> None:
+        self.console.print(
+            f"[green]✓[/] {time.monotonic() - self.start_s:5.0f} s  {what}", highlight=False
+        )
+
+
+def _condition(policy: dict[str, Any], kind: str) -> dict[str, Any]:
+    conditions = policy.get("status", {}).get("conditions", [])
+    return next((condition for condition in conditions if condition["type"] == kind), {})
