@@ -161,7 +161,7 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     labels = [
         f"{row['bandwidth_mbit'] or '∞'}\n{row['mode']}\n{Counter(row['profiles']).most_common(1)[0][0]}"
         for row in report["phases"]
@@ -169,7 +169,8 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
     colours = ["#9aa5b1" if row["mode"] == "raw" else "#0b7285" for row in report["phases"]]
     left.bar(labels, [row["jct_s"]["p50"] for row in report["phases"]], color=colours)
     left.bar(labels, [row["ttft_s"]["p50"] for row in report["phases"]], color="black", width=0.15)
-    left.set_ylabel("seconds (median): completion; black: first token")
+    left.set_ylabel("median seconds to completion (black: to first token)")
+    left.tick_params(axis="x", labelsize=8)
     left.set_xlabel("link in Mbit/s · mode · most used profile")
     for row in report["pareto"]:
         right.errorbar(
@@ -184,9 +185,11 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
             (row["loss_bp"], row["ratio"]),
             xytext=(4, 4),
             textcoords="offset points",
+            fontsize=8,
         )
     right.set_xlabel("quality loss in basis points, with its upper 95 % limit")
     right.set_ylabel("compression ratio")
     right.set_xscale("symlog", linthresh=1)
+    right.margins(0.15, 0.08)
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
