@@ -1,0 +1,105 @@
+"""``python -m kvserve_profiler job``: the entry point of the profiling Job's container."""
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from kvserve_api.errors import KVServeError
+from kvserve_api.names import ExitCode
+from kvserve_api.otel import configure
+from kvserve_profiler.cli import profile
+
+TERMINATION_LOG = "/dev/termination-log"
+
+
+@click.group()
+def main() -> None:
+    """Measure compression strategies on a model."""
+
+
+main.add_command(profile)
+
+
+@main.command()
+@click.option(
+    "--inputs",
+    envvar="KVSERVE_INPUTS",
+    default="/etc/kvserve/run/inputs.json",
+    help="The run's inputs.",
+)
+@click.option(
+    "--texts", envvar="KVSERVE_TEXTS", default="/etc/kvserve/texts", help="Folder with <class>.txt."
+)
+@click.option(
+    "--model",
+    envvar="KVSERVE_MODEL_PATH",
+    default="",
+    help="Folder of the model; by default the hub's.",
+)
+@click.option(
+    "--namespace", envvar="KVSERVE_NAMESPACE", default="", help="Namespace of the policy."
+)
+@click.option("--policy", envvar="KVSERVE_POLICY", default="", help="Name of the policy.")
+@click.option(
+    "--policy-uid",
+    envvar="KVSERVE_POLICY_UID",
+    default="",
+    help="Its uid; the result is deleted with it.",
+)
+@click.option(
+    "--termination-log",
+    envvar="KVSERVE_TERMINATION_LOG",
+    default=TERMINATION_LOG,
+    help="Where the container's termination message goes, if that file exists.",
+)
+@click.pass_context
+def job(
+    context: click.Context,
+    inputs: str,
+    texts: str,
+    model: str,
+    namespace: str,
+    policy: str,
+    policy_uid: str,
+    termination_log: str,
+) -> None:
+    """Do the work of a profiling Job; each option has a KVSERVE_ variable."""
+    # torch and transformers take seconds to import: --help does without
+    from kvserve_profiler.configmaps import Owner
+    from kvserve_profiler.exits import exit_code, last_words, leave_message
+    from kvserve_profiler.job import JobOptions, run_job, say
+    from kvserve_profiler.search import preset_space
+
+    signal.signal(signal.SIGTERM, _stop)
+    close = configure("kvserve-profiler")
+    code = ExitCode.OK
+    try:
+        options = JobOptions(
+            inputs=Path(inputs),
+            texts=Path(texts),
+            model=model,
+            owner=Owner(namespace=namespace, name=policy, uid=policy_uid),
+        )
+        message = run_job(options, preset_space())
+    except Exception as error:
+        code, message = exit_code(error), last_words(error)
+        if not isinstance(error, KVServeError):
+            traceback.print_exc()
+    finally:
+        close()
+    say(f"kvserve-profiler: {message}")
+    leave_message(Path(termination_log), message)
+    context.exit(code)
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    """End in order when the pod is stopped, so that the last finished trials are saved."""
+    sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()

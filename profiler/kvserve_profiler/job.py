@@ -1,0 +1,130 @@
+"""The profiling Job: from the inputs that the operator mounted to the Pareto ConfigMap that the controller reads."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from kvserve_api.errors import ArtifactError, SpecError
+from kvserve_api.profile_set import ParetoSet
+from kvserve_api.run import Progress, RunInputs
+from kvserve_profiler.coalesce import Coalescer
+from kvserve_profiler.configmaps import Owner, RunConfigMaps
+from kvserve_profiler.engine import Task, profile, require_feasible
+from kvserve_profiler.exits import last_words
+from kvserve_profiler.model import Source
+from kvserve_profiler.search import Candidate
+from kvserve_profiler.settings import Settings
+from kvserve_profiler.texts import of_inputs
+from kvserve_profiler.trials import TrialLog
+
+MAX_INPUTS_BYTES: Final = 1024 * 1024
+WRITE_INTERVAL_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobOptions:
+    """What the operator gives a Job.
+
+    Attributes:
+        inputs: File with the run's inputs.
+        texts: Folder with ``<class>.txt``.
+        model: Folder of the model; empty for the hub.
+        owner: The policy.
+    """
+
+    inputs: Path
+    texts: Path
+    model: str
+    owner: Owner
+
+
+@dataclass(kw_only=True, slots=True)
+class State:
+    """The last report of a run, for its last words."""
+
+    progress: Progress = field(default_factory=Progress)
+    log: TrialLog | None = None
+
+
+def run_job(options: JobOptions, space: Sequence[Candidate]) -> str:
+    """Do a Job's work and return what happened, for people.
+
+    Whatever the end, the run's ConfigMap says it.
+
+    Raises:
+        SpecError: An input is wrong.
+        InfeasibleError: A class has no profile but the raw one within its budget; the set was published.
+        UnsupportedError: The model can't be profiled.
+        KVServeError: Something else failed, and may work the next time.
+    """
+    inputs = _read_inputs(options.inputs)
+    state = State()
+    with closing(RunConfigMaps(options.owner, inputs.digest)) as maps:
+        try:
+            result = _measure(options, inputs, space, maps, state)
+            message = maps.publish(result)
+            require_feasible(inputs, result)
+        except Exception as error:
+            _save_last(maps, state, last_words(error))
+            raise
+        _save_last(maps, state, message)
+    return message
+
+
+def _measure(
+    options: JobOptions,
+    inputs: RunInputs,
+    space: Sequence[Candidate],
+    maps: RunConfigMaps,
+    state: State,
+) -> ParetoSet:
+    with Coalescer[tuple[Progress, TrialLog]](
+        lambda value: maps.save(*value),
+        interval_s=WRITE_INTERVAL_S,
+        on_error=lambda error: say(f"progress not written: {last_words(error)}"),
+    ) as writer:
+
+        def report(progress: Progress, log: TrialLog) -> None:
+            state.progress, state.log = progress, log
+            say(f"{progress} {progress.message}".rstrip())
+            writer.put((progress, log))
+
+        state.progress = Progress(total=min(inputs.max_trials, len(space)), message="starting")
+        texts = of_inputs(inputs, options.texts)
+        source = Source(location=options.model or inputs.model, revision=inputs.revision)
+        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed))
+        log = task.log()
+        try:
+            log = log.resume(maps.load())
+        except ArtifactError as error:
+            say(f"trials of an earlier pod not used: {error}")
+        return profile(task, log, report)
+
+
+def _save_last(maps: RunConfigMaps, state: State, message: str) -> None:
+    last = state.progress
+    progress = Progress(
+        completed=last.completed, failed=last.failed, total=last.total, message=message
+    )
+    try:
+        maps.save(progress, state.log)
+    except Exception as error:
+        # the exit code and the result say the same; the run's own error must not be hidden by this one
+        say(f"progress not written: {last_words(error)}")
+
+
+def _read_inputs(path: Path) -> RunInputs:
+    try:
+        with path.open("rb") as file:
+            document = file.read(MAX_INPUTS_BYTES)
+    except OSError as error:
+        raise SpecError("inputs", f"can't read {path}: {error.strerror}") from error
+    return RunInputs.parse(document)
+
+
+def say(line: str) -> None:
+    """Write a line to the Job's log."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,109 @@
+"""A run on this machine: its texts from files, its output into a folder, its progress onto the terminal."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from kvserve_api.otel import configure
+from kvserve_api.run import Progress, RunInputs
+from kvserve_profiler.engine import Report, Task, profile, require_feasible
+from kvserve_profiler.folder import RunFolder
+from kvserve_profiler.model import Source
+from kvserve_profiler.search import preset_space
+from kvserve_profiler.settings import Settings
+from kvserve_profiler.tables import results
+from kvserve_profiler.texts import Text
+from kvserve_profiler.trials import TrialLog
+
+
+def run_local(
+    inputs: RunInputs, *, model: Path, out: Path, text_files: Mapping[str, Path], threads: int
+) -> None:
+    """Do a run, or what is left of it, and print its result.
+
+    Args:
+        inputs: What to profile; the digests of the texts are filled in here.
+        model: Folder of the model.
+        out: Output folder.
+        text_files: Text of each workload class that does not use the default class's.
+        threads: Threads of the model.
+
+    Raises:
+        SpecError: An input is wrong.
+        InfeasibleError: A class has no profile but the raw one within its budget; the set was written.
+        UnsupportedError: The model can't be profiled.
+        MeasurementError: Not even the raw profile could be measured.
+    """
+    close = configure("kvserve-profiler")
+    try:
+        folder = RunFolder(out)
+        texts = _texts(inputs, text_files)
+        inputs = _with_digests(inputs, texts, text_files)
+        source = Source(location=str(model))
+        settings = Settings(seed=inputs.seed, threads=threads)
+        task = Task.of(inputs, source, texts, preset_space(), settings)
+        log = task.log().resume(folder.load())
+        with _live(folder) as report:
+            result = profile(task, log, report)
+        path = folder.publish(result)
+    finally:
+        close()
+    log = task.log().resume(folder.load())
+    console = Console()
+    for table in results(result, log, task.texts):
+        console.print(table)
+    console.print(f"{path}  {result.digest}", soft_wrap=True, highlight=False)
+    require_feasible(inputs, result)
+
+
+def _texts(inputs: RunInputs, files: Mapping[str, Path]) -> dict[str, Text]:
+    read = {name: Text.read(path, f"--text {name}") for name, path in files.items()}
+    fallback = read.get("default") or Text.builtin()
+    return {name: read.get(name, fallback) for name in inputs.classes}
+
+
+def _with_digests(
+    inputs: RunInputs, texts: Mapping[str, Text], files: Mapping[str, Path]
+) -> RunInputs:
+    builtin = Text.builtin().digest
+    return dataclasses.replace(
+        inputs,
+        classes={
+            name: dataclasses.replace(
+                wanted,
+                text_digest=None if texts[name].digest == builtin else texts[name].digest,
+            )
+            for name, wanted in inputs.classes.items()
+        },
+    )
+
+
+@contextmanager
+def _live(folder: RunFolder) -> Iterator[Report]:
+    """Save each trial, and show the progress: a bar on a terminal, else a line for each step."""
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        row = bar.add_task("starting", total=None)
+
+        def report(progress: Progress, log: TrialLog) -> None:
+            folder.save(log)
+            done = progress.completed + progress.failed
+            message = progress.message or "measured"
+            bar.update(row, description=message, completed=done, total=progress.total)
+            if not console.is_terminal and progress.message:
+                console.print(f"{progress} {progress.message}", highlight=False)
+
+        yield report

@@ -1,0 +1,185 @@
+"""The trial log: JSON lines from which a run that was killed goes on.
+
+The first line says what the trials were measured with; each further line is one finished trial. A line cut short by a
+kill is dropped. Everything the result is made of is in the log, so that a complete log gives the same result again.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from kvserve_api.canonical import canonical_json
+from kvserve_api.errors import ArtifactError
+from kvserve_api.fields import Fields
+from kvserve_api.latency import StageCost
+from kvserve_api.strategy import StrategyConfig
+from kvserve_profiler.quality import Quality
+
+SCHEMA: Final = "kvserve.io/trials/v1"
+MAX_ERROR: Final = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What was measured of a strategy.
+
+    Attributes:
+        qualities: For each text, by digest, the quality.
+        encode: Cost of encoding.
+        decode: Cost of decoding.
+        lossless: The decoded KV equals the native KV bit by bit, on every text.
+        native_bytes: The largest transfer that was timed, uncompressed.
+    """
+
+    qualities: Mapping[str, Quality]
+    encode: StageCost
+    decode: StageCost
+    lossless: bool
+    native_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurement as an object."""
+        return {
+            "qualities": {text: quality.to_json() for text, quality in self.qualities.items()},
+            "encode": self.encode.to_json(),
+            "decode": self.decode.to_json(),
+            "lossless": self.lossless,
+            "native_bytes": self.native_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Self:
+        """Read a measurement."""
+        qualities = fields.child("qualities")
+        measurement = cls(
+            qualities={
+                text: Quality.from_json(qualities.child(text)) for text in qualities.mapping_of()
+            },
+            encode=StageCost.from_json(fields.child("encode")),
+            decode=StageCost.from_json(fields.child("decode")),
+            lossless=fields.boolean("lossless"),
+            native_bytes=fields.integer("native_bytes", minimum=1),
+        )
+        fields.done()
+        return measurement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One finished trial.
+
+    Attributes:
+        name: The candidate's name.
+        strategy: What was measured.
+        duration_s: How long it took, in seconds, to the millisecond.
+        measurement: What was measured; None if it failed.
+        error: Why it failed; empty if it did not.
+    """
+
+    name: str
+    strategy: StrategyConfig
+    duration_s: float
+    measurement: Measurement | None = None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.measurement is None) != bool(self.error):
+            raise ArtifactError("error", "must be there if and only if there is no measurement")
+        object.__setattr__(self, "error", self.error[:MAX_ERROR])
+        object.__setattr__(self, "duration_s", round(float(self.duration_s), 3))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trial as an object."""
+        value: dict[str, Any] = {
+            "name": self.name,
+            "strategy": self.strategy.to_json(),
+            "duration_s": self.duration_s,
+        }
+        if self.measurement is None:
+            return value | {"error": self.error}
+        return value | {"measurement": self.measurement.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Self:
+        """Read a trial."""
+        trial = cls(
+            name=fields.string("name", max_length=63),
+            strategy=StrategyConfig.from_json(fields.mapping("strategy"), fields.at("strategy")),
+            duration_s=fields.number("duration_s", minimum=0),
+            measurement=(
+                Measurement.from_json(fields.child("measurement"))
+                if fields.has("measurement")
+                else None
+            ),
+            error=fields.string("error", ""),
+        )
+        fields.ignore("measurement")
+        fields.done()
+        return trial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialLog:
+    """The trials of a run so far.
+
+    Attributes:
+        basis: What they were measured with: model, texts, settings, device, versions. Other trials don't belong here.
+        trials: In the order in which they finished.
+    """
+
+    basis: Mapping[str, Any]
+    trials: tuple[Trial, ...] = field(default=())
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """Digests of the strategies that need no further trial."""
+        return frozenset(trial.strategy.digest for trial in self.trials)
+
+    def plus(self, trial: Trial) -> "TrialLog":
+        """Return the log with one more trial."""
+        return TrialLog(basis=self.basis, trials=(*self.trials, trial))
+
+    def lines(self) -> list[str]:
+        """Return the log as lines of JSON, each with its end of line."""
+        objects: list[dict[str, Any]] = [
+            {"schema": SCHEMA, "basis": dict(self.basis)},
+            *(trial.to_json() for trial in self.trials),
+        ]
+        return [canonical_json(value).decode() + "\n" for value in objects]
+
+    def resume(self, text: str) -> "TrialLog":
+        """Return this log with the trials of an earlier text of it.
+
+        Args:
+            text: What `lines` returned before, joined and possibly cut anywhere; empty for none.
+
+        Raises:
+            ArtifactError: The text is no trial log, or its trials were measured with something else.
+        """
+        *lines, _cut = text.split("\n")
+        if not lines:
+            return self
+        fields = _read(lines[0], "line 1")
+        fields.string("schema", choices=[SCHEMA])
+        basis = fields.mapping("basis")
+        fields.done()
+        mine = json.loads(canonical_json(dict(self.basis)))
+        if basis != mine:
+            keys = sorted(k for k in {*basis, *mine} if basis.get(k) != mine.get(k))
+            raise ArtifactError(
+                "trials.jsonl",
+                f"holds trials of another run (different: {', '.join(keys)}): remove it to begin anew",
+            )
+        trials = tuple(
+            Trial.from_json(_read(line, f"line {number}"))
+            for number, line in enumerate(lines[1:], start=2)
+        )
+        return TrialLog(basis=self.basis, trials=trials)
+
+
+def _read(line: str, where: str) -> Fields:
+    try:
+        return Fields(json.loads(line), f"trials.jsonl {where}", error=ArtifactError)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"trials.jsonl {where}", f"is not JSON: {error}") from error

@@ -1,0 +1,200 @@
+"""`kvserve profile`: options, files, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+from click.testing import CliRunner, Result
+
+from kvserve_api.errors import PolicyError, SpecError
+from kvserve_api.profile_set import ParetoSet
+from kvserve_profiler.cli import local_inputs, profile, read_policy, text_files
+
+POLICY = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: beside}
+---
+apiVersion: kvserve.io/v1alpha1
+kind: KVServePolicy
+metadata: {name: chat}
+spec:
+  model: {name: test/tiny}
+  targets:
+  - {role: Prefill, selector: {matchLabels: {app: p}}}
+  - {role: Decode, selector: {matchLabels: {app: d}}}
+  quality: {maxLossBasisPoints: 10000}
+  profiling: {budget: {maxTrials: 4}}
+  workloads:
+  - name: code
+    quality: {maxLossBasisPoints: 9000}
+    evaluation: {configMapRef: {name: texts, key: code}}
+"""
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    """A policy with a class that has its own text."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+def invoke(*arguments: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(profile, [str(argument) for argument in arguments])
+
+
+def test_a_run_writes_the_set_and_the_log(
+    model_folder: Path, policy_file: Path, tmp_path: Path
+) -> None:
+    """The policy's classes and budget count, the table is printed, and the files hold what it shows."""
+    (tmp_path / "code.txt").write_text("def f(x):\n    return x + 1\n" * 200)
+    arguments = ("--model", model_folder, "--policy", policy_file, "--out", tmp_path / "out")
+    done = invoke(*arguments, "--text", f"code={tmp_path / 'code.txt'}")
+    assert done.exit_code == 0, done.output
+    result = ParetoSet.parse((tmp_path / "out" / "pareto.json").read_bytes())
+    assert result.model.name == "test/tiny"
+    assert set(result.classes) == {"default", "code"}
+    lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines[1:]] == [
+        "none", "lossless", "fp8", "int8-token",
+    ]  # fmt: skip
+    assert result.digest in done.stdout
+    assert "class code" in done.stdout
+    assert "3/4 measuring int8-token" in done.stderr
+    # again: nothing left to measure, the same result
+    again = invoke(*arguments, "--text", f"code={tmp_path / 'code.txt'}")
+    assert again.exit_code == 0
+    assert "measuring" not in again.stderr
+    assert ParetoSet.parse((tmp_path / "out" / "pareto.json").read_bytes()) == result
+
+
+def test_an_infeasible_budget_is_65_after_writing(
+    model_folder: Path, policy_file: Path, tmp_path: Path
+) -> None:
+    """The set is there, the exit code says that it does not help."""
+    policy_file.write_text(POLICY.partition("  workloads")[0].replace("10000", "0"))
+    out = tmp_path / "out"
+    done = invoke("--model", model_folder, "--policy", policy_file, "--out", out, "--max-trials", 1)
+    assert done.exit_code == 65
+    assert "Infeasible: class default: budget 0 basis points" in done.stderr
+    assert ParetoSet.parse((out / "pareto.json").read_bytes()).classes["default"][0].name == "none"
+
+
+def test_an_unsupported_model_is_66(tmp_path: Path) -> None:
+    """One line says what the model has instead of a KV cache."""
+    transformers.MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    done = invoke("--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert done.exit_code == 66
+    assert done.stderr.splitlines()[-1].startswith("kvserve profile: Unsupported: mamba:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--text", "nowhere.txt"], "can't read nowhere.txt", id="no-text"),
+        pytest.param(["--text", "code=x.txt"], "there is no class 'code'", id="no-class"),
+        pytest.param(["--text", "a.txt", "--text", "b.txt"], "two texts", id="two-texts"),
+    ],
+)
+def test_bad_input_is_64(
+    model_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """One line names the option and the remedy."""
+    done = invoke("--model", model_folder, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 64
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_another_runs_folder_is_64(model_folder: Path, tmp_path: Path) -> None:
+    """Trials of another seed are not mixed in."""
+    arguments = ("--model", model_folder, "--out", tmp_path / "out", "--max-trials", 2)
+    assert invoke(*arguments).exit_code == 0
+    done = invoke(*arguments, "--seed", 7)
+    assert done.exit_code == 64
+    assert "different: settings" in done.stderr
+
+
+def test_more_trials_extend_a_run(model_folder: Path, tmp_path: Path) -> None:
+    """A larger budget of trials goes on where the smaller one ended."""
+    arguments = ("--model", model_folder, "--out", tmp_path / "out", "--max-trials")
+    assert invoke(*arguments, 2).exit_code == 0
+    done = invoke(*arguments, 3)
+    assert done.exit_code == 0
+    assert "measuring fp8" in done.stderr
+    assert "measuring none" not in done.stderr
+
+
+def test_texts_are_given_by_class() -> None:
+    """Without a class the text is the default class's; a path may hold an equals sign."""
+    assert text_files(["a.txt", "code=b=c.txt"]) == {
+        "default": Path("a.txt"),
+        "code": Path("b=c.txt"),
+    }
+    assert text_files(["./D=e.txt"]) == {"default": Path("./D=e.txt")}
+
+
+def test_a_policys_text_must_be_given(policy_file: Path) -> None:
+    """A text that lies in a ConfigMap can't be read here: the error says how to give it."""
+    policy = read_policy(policy_file)
+    with pytest.raises(SpecError, match=r"ConfigMap texts, key code: give code=FILE"):
+        local_inputs(Path("m"), policy, {}, max_trials=None, seed=0)
+    inputs = local_inputs(Path("m"), policy, {"code": Path("c")}, max_trials=None, seed=0)
+    assert {name: c.max_loss_bp for name, c in inputs.classes.items()} == {
+        "default": 10_000, "code": 9_000,
+    }  # fmt: skip
+    assert inputs.max_trials == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("kind: Service", "must hold one KVServePolicy, holds 0"),
+        (POLICY.replace("test/tiny", "test/tiny, nme: x"), "spec.model.nme"),
+    ],
+    ids=["no-yaml", "no-policy", "unknown-key"],
+)
+def test_a_wrong_policy_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """The error names file or field."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(PolicyError, match=message):
+        read_policy(path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(model_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL after the second trial: the next process keeps both and measures the rest."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "kvserve_profiler", "profile", "--model", str(model_folder),
+        "--out", str(out),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    log = out / "trials.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = log.read_text().rpartition("\n")[0].splitlines()
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode in (0, 65), done.stderr
+    lines = log.read_text().splitlines()
+    assert lines[: len(kept)] == kept
+    assert len({json.loads(line)["name"] for line in lines[1:]}) == len(lines) - 1
+    assert "measuring none" not in done.stderr

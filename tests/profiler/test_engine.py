@@ -1,0 +1,223 @@
+"""A whole run on a tiny model: what is measured, what a failure does, and how a killed run goes on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kvserve_api.errors import InfeasibleError, SpecError, StrategyError, UnsupportedError
+from kvserve_api.profile_set import NONE, ParetoSet
+from kvserve_api.run import ClassInputs, Progress, RunInputs
+from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
+from kvserve_profiler.bench import Bench
+from kvserve_profiler.codec import Codec
+from kvserve_profiler.engine import Task, pareto_set, profile, require_feasible
+from kvserve_profiler.model import KV, Model
+from kvserve_profiler.quality import MeasurementError
+from kvserve_profiler.search import Candidate, preset_space, suggest
+from kvserve_profiler.texts import Text, unique
+from kvserve_profiler.trials import TrialLog
+
+MakeTask = Callable[..., Task]
+
+
+def broken_candidate(name: str) -> Candidate:
+    """Return a strategy of a stage that does not exist."""
+    chain = (StageConfig(id="code.missing.v1"),)
+    return Candidate(
+        name=name,
+        strategy=StrategyConfig(parts=tuple(Part(kind=kind, chain=chain) for kind in Kind)),
+    )
+
+
+def run(task: Task, log: TrialLog | None = None) -> tuple[ParetoSet, TrialLog, list[Progress]]:
+    """Do a run and return its result, its log and its progress."""
+    logs: list[TrialLog] = []
+    steps: list[Progress] = []
+
+    def report(progress: Progress, log: TrialLog) -> None:
+        steps.append(progress)
+        logs.append(log)
+
+    result = profile(task, log or task.log(), report)
+    return result, logs[-1] if logs else task.log(), steps
+
+
+def qualities(log: TrialLog) -> list[Any]:
+    """Return what does not depend on the clock."""
+    return [(t.name, t.measurement.qualities if t.measurement else t.error) for t in log.trials]
+
+
+def test_a_run_measures_what_is_known_of_the_presets(make_task: MakeTask) -> None:
+    """Ratios follow from the formats, losses are ordered by bits, and the raw profile loses nothing."""
+    result, _, steps = run(make_task())
+    by_name = {p.name: p for p in result.profiles("default")}
+    none, int8, int4 = by_name[NONE], by_name["int8-token"], by_name["int4-token"]
+    # a prefix has 6,144 bytes, so the header shows; a head of 8 has 8 or 4 bytes of levels and 4 of bounds
+    assert 0.9 < none.ratio < 1.0
+    assert 1.15 < int8.ratio < 16 / 12
+    assert 1.6 < int4.ratio < 16 / 8
+    assert none.loss_bp == none.loss_upper_bp == 0.0
+    assert none.lossless
+    assert 0 < int8.loss_bp < int4.loss_bp
+    assert int4.loss_bp <= int4.loss_upper_bp
+    assert not int4.lossless
+    assert [p.ratio for p in result.profiles("default")] == sorted(
+        (p.ratio for p in by_name.values()), reverse=True
+    )
+    assert steps[-1] == Progress(completed=4, failed=0, total=4)
+    assert ParetoSet.parse(result.canonical()) == result
+
+
+def test_the_same_seed_gives_the_same_qualities(make_task: MakeTask) -> None:
+    """Two runs differ in nothing but times."""
+    _, first, _ = run(make_task())
+    _, second, _ = run(make_task())
+    assert qualities(first) == qualities(second)
+
+
+@pytest.mark.parametrize("finished", range(5))
+def test_a_run_killed_after_any_trial_goes_on(make_task: MakeTask, finished: int) -> None:
+    """No finished trial is repeated, and the result is the log's alone."""
+    task = make_task()
+    _, whole, _ = run(task)
+    text = "".join(whole.lines()[: finished + 1])
+    result, log, steps = run(task, task.log().resume(text))
+    assert len([s for s in steps if s.message.startswith("measuring")]) == 4 - finished
+    if finished < 4:
+        assert log.trials[:finished] == whole.trials[:finished]
+        assert qualities(log) == qualities(whole)
+        assert result == pareto_set(task, log)
+    else:
+        assert steps == []
+        assert result.canonical() == pareto_set(task, whole).canonical()
+
+
+def test_a_failed_trial_does_not_end_the_run(
+    make_task: MakeTask, space: tuple[Candidate, ...]
+) -> None:
+    """It is counted, kept in the provenance with its reason, and not tried again."""
+    task = make_task(space=(*space[:2], broken_candidate("odd"), *space[2:]))
+    result, log, steps = run(task)
+    assert steps[-1] == Progress(completed=4, failed=1, total=5)
+    assert {p.name for p in result.profiles("default")} == {c.name for c in space}
+    assert "code.missing.v1" in result.provenance["trials"]["failed"]["odd"]
+    assert suggest(task.space, log.measured, 64) is None
+
+
+def test_without_the_raw_profile_there_is_no_set(make_task: MakeTask) -> None:
+    """When `none` can't be measured the run fails and says why."""
+    with pytest.raises(MeasurementError, match=r"'none'.*code.missing.v1"):
+        run(make_task(space=(broken_candidate(NONE),)))
+
+
+def test_the_budget_of_trials_is_kept(make_task: MakeTask) -> None:
+    """No more strategies are measured than allowed, the raw one first."""
+    result, log, steps = run(make_task(max_trials=2))
+    assert [t.name for t in log.trials] == ["none", "fp8"]
+    assert steps[-1].total == 2
+    assert {p.name for p in result.profiles("default")} == {"none", "fp8"}
+
+
+def test_classes_with_their_own_text_have_their_own_losses(make_task: MakeTask) -> None:
+    """Each class's profiles were measured on its text; a class without one shares the default's."""
+    task = make_task()
+    words = Text(digest="sha256:" + "0" * 64, documents=("one two three four " * 30,))
+    inputs = dataclasses.replace(
+        task.inputs,
+        classes={n: ClassInputs(max_loss_bp=50) for n in ("default", "code", "words")},
+    )
+    task = dataclasses.replace(
+        task,
+        inputs=inputs,
+        texts={"default": Text.builtin(), "code": Text.builtin(), "words": words},
+    )
+    result, _, _ = run(task)
+    assert result.classes["default"] == result.classes["code"]
+    loss = {
+        name: {p.name: p.loss_bp for p in result.profiles(name)} for name in ("default", "words")
+    }
+    assert loss["default"]["int8-token"] != loss["words"]["int8-token"]
+
+
+def test_too_long_windows_are_unsupported(make_task: MakeTask) -> None:
+    """A model with a short context is refused with both numbers."""
+    task = make_task()
+    settings = dataclasses.replace(task.settings, prefix_tokens=1020)
+    with pytest.raises(UnsupportedError, match="takes 1024 tokens; measuring needs 1036"):
+        run(dataclasses.replace(task, settings=settings))
+
+
+def test_too_short_a_text_is_bad_input(make_task: MakeTask) -> None:
+    """A text without a window ends the run before anything is measured."""
+    task = make_task()
+    short = Text(digest="sha256:" + "1" * 64, documents=("short",))
+    with pytest.raises(SpecError, match="give a longer text"):
+        run(dataclasses.replace(task, texts={"default": short}))
+
+
+def test_feasibility_names_the_class_and_the_least_loss(make_task: MakeTask) -> None:
+    """A budget below every lossy profile is infeasible; a large one is not."""
+    task = make_task(budget_bp=0)
+    result, _, _ = run(task)
+    with pytest.raises(InfeasibleError, match=r"class default: budget 0.*int8-token, may lose"):
+        require_feasible(task.inputs, result)
+    generous = dataclasses.replace(
+        task.inputs, classes={"default": ClassInputs(max_loss_bp=10_000)}
+    )
+    require_feasible(generous, result)
+
+
+def test_a_codec_that_only_claims_to_be_lossless_fails(make_task: MakeTask) -> None:
+    """Bits are compared, so that even a lost sign of zero is found."""
+    task = make_task()
+    bench = Bench(Model(task.source), unique(task.texts), task.settings)
+
+    class Liar:
+        """Returns zeros without their sign."""
+
+        lossless = True
+
+        def encode(self, kv: KV) -> bytes:
+            self._kv = kv
+            return b"x"
+
+        def decode(self, blob: bytes, tokens: int) -> KV:
+            return KV(keys=self._kv.keys + 0.0, values=torch.zeros_like(self._kv.values))
+
+    with pytest.raises(MeasurementError, match="says it is lossless"):
+        bench.measure(Liar())  # type: ignore[arg-type]
+
+
+def test_a_strategy_that_can_not_work_is_refused(make_task: MakeTask) -> None:
+    """The codec of an unknown stage does not come to be."""
+    with pytest.raises(StrategyError):
+        Codec.of(
+            broken_candidate("x").strategy,
+            fingerprint="sha256:" + "0" * 64,
+            layout=None,  # type: ignore[arg-type]
+        )
+
+
+def test_the_presets_begin_with_the_raw_one() -> None:
+    """Whatever the budget of trials, the raw profile is measured."""
+    presets = preset_space()
+    assert presets[0].name == NONE
+    assert len({c.strategy.digest for c in presets}) == len(presets) >= 6
+
+
+def test_inputs_decide_the_digest_of_a_run() -> None:
+    """Budgets are not part of it, the seed is."""
+    inputs = RunInputs(
+        policy="a/b",
+        model="m",
+        revision="",
+        model_source="",
+        classes={"default": ClassInputs(max_loss_bp=1)},
+        max_trials=4,
+    )
+    other = dataclasses.replace(inputs, classes={"default": ClassInputs(max_loss_bp=2)})
+    assert other.digest == inputs.digest
+    assert dataclasses.replace(inputs, seed=1).digest != inputs.digest
