@@ -9,6 +9,7 @@ The class says what the caller should do; `reason` is a stable word for metrics 
     │   └── ArtifactError    a Pareto set or calibration bundle that is missing, corrupt or of another schema
     ├── InfeasibleError      no profile meets the quality budget: loosen the budget
     ├── UnsupportedError     the model, layout or device is not supported: do not retry
+    ├── ValuesError          KV values that a lossy strategy can't carry: send them as they are
     ├── WireError            bytes from a peer that must not be used: recompute
     ├── TransferError        a transfer that did not arrive: recompute
     └── UnavailableError     a service is not there now: retry after `retry_after_s`
@@ -71,6 +72,12 @@ class UnsupportedError(KVServeError):
     """A model, cache layout or device that KVServe can't compress."""
 
     reason = "Unsupported"
+
+
+class ValuesError(KVServeError):
+    """KV values that a lossy strategy can't carry (NaN, infinity, too wide a range): send them as they are."""
+
+    reason = "ValuesNotCodable"
 
 
 class WireReason(StrEnum):

@@ -34,10 +34,14 @@ ATTR_WORKLOAD: Final = "kvserve.workload"
 ATTR_TABLE_VERSION: Final = "kvserve.table.version"
 ATTR_BOUND: Final = "kvserve.selection.bound"
 ATTR_REASON: Final = "kvserve.reason"
+ATTR_OUTCOME: Final = "kvserve.outcome"
 ATTR_DIRECTION: Final = "kvserve.direction"
 ATTR_STAGE: Final = "kvserve.stage"
+ATTR_KIND: Final = "kvserve.kind"
+ATTR_VERB: Final = "kvserve.verb"
 ATTR_NATIVE_BYTES: Final = "kvserve.native_bytes"
 ATTR_WIRE_BYTES: Final = "kvserve.wire_bytes"
+ATTR_TOKENS: Final = "kvserve.tokens"
 
 # Metrics of the connector.
 TRANSFER_NATIVE_BYTES: Final = Instrument(
@@ -71,6 +75,17 @@ TABLE_AGE: Final = Instrument(
     description="Seconds since the controller was last heard of.",
 )
 
+LEASES: Final = Instrument(
+    name="kvserve.leases",
+    unit="{lease}",
+    description="Prefills whose blocks were kept for a consumer, by how that ended.",
+)
+REPORTS_DROPPED: Final = Instrument(
+    name="kvserve.reports.dropped",
+    unit="{report}",
+    description="Transfer reports that no controller was there to take.",
+)
+
 # Metrics of the controller.
 CONTROLLER_STREAMS: Final = Instrument(
     name="kvserve.controller.streams",
@@ -81,6 +96,11 @@ CONTROLLER_PUSHES: Final = Instrument(
     name="kvserve.controller.pushes",
     unit="{table}",
     description="Tables pushed, by policy and outcome (ack, nack, timeout).",
+)
+CONTROLLER_REPORTS: Final = Instrument(
+    name="kvserve.controller.reports",
+    unit="{report}",
+    description="Transfer reports received, by policy and whether they were learned from, or why not.",
 )
 
 # Metrics of the operator.
