@@ -56,14 +56,17 @@ class Fields:
         default: Any = _MISSING,
         *,
         choices: Iterable[str] | None = None,
+        min_length: int = 0,
         max_length: int = 4096,
     ) -> str:
-        """Return a string, of at most ``max_length`` characters and among ``choices`` if given."""
+        """Return a string, of so many characters and among ``choices`` if given."""
         value = self.raw(key, default)
         if value is default:
             return value  # type: ignore[no-any-return]
         if not isinstance(value, str):
             raise self.fail(key, f"must be a string, got {type(value).__name__}")
+        if len(value) < min_length:
+            raise self.fail(key, "must not be empty")
         if len(value) > max_length:
             raise self.fail(key, f"must have at most {max_length} characters, has {len(value)}")
         if choices is not None and value not in (allowed := list(choices)):

@@ -42,8 +42,10 @@ class StageCost:
 
     def to_json(self) -> dict[str, Any]:
         """Return the cost as an object; an infinite speed is left out."""
-        value = {"floor_s": self.floor_s, "offset_s": self.offset_s}
-        return value if math.isinf(self.bytes_per_s) else value | {"bytes_per_s": self.bytes_per_s}
+        value = {"floor_s": float(self.floor_s), "offset_s": float(self.offset_s)}
+        if math.isinf(self.bytes_per_s):
+            return value
+        return value | {"bytes_per_s": float(self.bytes_per_s)}
 
     @classmethod
     def from_json(cls, fields: Fields) -> Self:
@@ -98,6 +100,20 @@ def pipeline_s(stages_s: tuple[float, ...], chunks: int) -> float:
         chunks: Into how many equal chunks the transfer is cut, at least 1.
     """
     return (sum(stages_s) + (chunks - 1) * max(stages_s)) / chunks
+
+
+def total_s(
+    native_bytes: float, ratio: float, encode: StageCost, decode: StageCost, link: Link, chunks: int
+) -> float:
+    """Return what `predict` predicts in all; it makes nothing but a number, because a transfer waits for it."""
+    bytes_per_s = link.bytes_per_s
+    wire_s = native_bytes / ratio / bytes_per_s
+    encode_s = max(encode.floor_s, encode.offset_s + native_bytes / encode.bytes_per_s)
+    decode_s = max(decode.floor_s, decode.offset_s + native_bytes / decode.bytes_per_s)
+    slowest_s = max(encode_s, wire_s, decode_s)
+    # the same order of operations as in `pipeline_s`, so that both come to the same number
+    stages_s = (encode_s + wire_s + decode_s + (chunks - 1) * slowest_s) / chunks
+    return link.backlog_bytes / bytes_per_s + link.rtt_s + stages_s
 
 
 def predict(

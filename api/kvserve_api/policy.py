@@ -57,7 +57,7 @@ class Objective:
     def read(cls, fields: Fields) -> Self:
         """Read one objective."""
         objective = cls(
-            name=fields.string("name", max_length=63),
+            name=fields.string("name", min_length=1, max_length=63),
             metric=Metric(fields.string("metric", choices=list(Metric))),
             percentile=fields.integer("percentile", 95),
             threshold_ms=fields.integer("thresholdMilliseconds", minimum=1, maximum=3_600_000),
@@ -101,8 +101,8 @@ class Text:
         """Read ``{configMapRef: {name, key}}``."""
         reference = fields.child("configMapRef")
         text = cls(
-            config_map=reference.string("name", max_length=253),
-            key=reference.string("key", "text", max_length=253),
+            config_map=reference.string("name", min_length=1, max_length=253),
+            key=reference.string("key", "text", min_length=1, max_length=253),
         )
         reference.done()
         fields.done()
@@ -156,13 +156,13 @@ class Model:
             wrapper = fields.child("source")
             claim = wrapper.child("pvc")
             source = ModelSource(
-                claim_name=claim.string("claimName", max_length=253),
+                claim_name=claim.string("claimName", min_length=1, max_length=253),
                 path=claim.string("path", "", max_length=1024),
             )
             claim.done()
             wrapper.done()
         model = cls(
-            name=fields.string("name", max_length=512),
+            name=fields.string("name", min_length=1, max_length=512),
             revision=fields.string("revision", "", max_length=128),
             source=source,
         )
@@ -259,7 +259,7 @@ class Control:
         failsafe = fields.child("failsafe", {})
         control = cls(
             mode=Mode(fields.string("mode", Mode.ACTIVE.value, choices=list(Mode))),
-            pinned=fields.string("pinnedProfile", None, max_length=63),
+            pinned=fields.string("pinnedProfile", None, min_length=1, max_length=63),
             fallback=failsafe.string("fallbackProfile", NONE, max_length=63),
             on_controller_loss=failsafe.string(
                 "onControllerLoss", "HoldLastGood", choices=["HoldLastGood", "Revert"]

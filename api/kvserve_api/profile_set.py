@@ -68,9 +68,10 @@ class Profile:
             "name": self.name,
             "strategy": self.strategy.to_json(),
             "strategy_digest": self.strategy.digest,
-            "ratio": self.ratio,
-            "loss_bp": self.loss_bp,
-            "loss_upper_bp": self.loss_upper_bp,
+            # an int would be read back as a float, and the document's digest would not be the set's
+            "ratio": float(self.ratio),
+            "loss_bp": float(self.loss_bp),
+            "loss_upper_bp": float(self.loss_upper_bp),
             "encode": self.encode.to_json(),
             "decode": self.decode.to_json(),
             "lossless": self.lossless,

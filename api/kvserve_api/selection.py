@@ -6,7 +6,7 @@ A pure function of values, evaluated in the serving pod for each transfer; no cl
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kvserve_api.latency import Link, predict
+from kvserve_api.latency import Link, total_s
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE
 from kvserve_api.table import Candidate, DecisionTable
@@ -84,14 +84,9 @@ def select(
         candidate = table.candidates[name]
         if decodable is not None and candidate.strategy.digest not in decodable and name != NONE:
             continue
-        seconds = predict(
-            native_bytes=native_bytes,
-            ratio=candidate.ratio,
-            encode=candidate.encode,
-            decode=candidate.decode,
-            link=link,
-            chunks=chunks,
-        ).total_s
+        seconds = total_s(
+            native_bytes, candidate.ratio, candidate.encode, candidate.decode, link, chunks
+        )
         late = seconds > rule.deadline_s
         key = (late, seconds if late else _merit(rule.goal, candidate, seconds), seconds)
         if best_key is None or key < best_key:
@@ -99,7 +94,7 @@ def select(
     if best is None or best_key is None:
         return _fixed(table, table.fallback, Bound.PEER, decodable)
     bound = Bound.DEADLINE if best_key[0] else Bound.GOAL
-    acts = best.name if table.mode == Mode.ACTIVE else NONE
+    acts = NONE if table.mode == Mode.SHADOW else best.name
     return Selection(profile=acts, wanted=best.name, bound=bound, predicted_s=best_s)
 
 
@@ -120,4 +115,5 @@ def _fixed(
     """Return a profile that was not chosen by merit, or raw if the consumer can't decode it."""
     if decodable is not None and table.candidates[name].strategy.digest not in decodable:
         return Selection(profile=NONE, wanted=name, bound=Bound.PEER)
-    return Selection(profile=name, wanted=name, bound=bound)
+    acts = NONE if table.mode == Mode.SHADOW else name
+    return Selection(profile=acts, wanted=name, bound=bound)

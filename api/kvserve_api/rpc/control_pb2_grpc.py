@@ -26,7 +26,21 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """Missing associated documentation comment in .proto file."""
+    """
+    1. The pod sends Hello first, within 10 s of opening the stream, and only once. A Hello that can't be understood ends
+    the stream with INVALID_ARGUMENT, a role that contradicts the policy's targets with FAILED_PRECONDITION, a second
+    stream of the same pod ends the first with ABORTED; the details say what to do. The pod reconnects with backoff.
+    2. The controller pushes tables, one at a time: the next one follows the answer to the last one. Only the newest
+    waits meanwhile. Decode pods answer before Prefill pods are sent the same version.
+    3. The pod answers each Push at once with Ack or Nack, repeating version and nonce. It refuses a version lower than
+    the one in force (reason StaleVersion), and a table it can't read or has no stage for; after a Nack the last good
+    table stays in force. It acknowledges a version equal to the one in force. A pod that does not answer within 30 s
+    loses its stream (DEADLINE_EXCEEDED). A refused version is not sent to the pod again.
+    4. When nothing changes, a Heartbeat renews the table's time to live. A Push renews it too.
+    5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
+    applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
+    6. Neither side accepts a message of more than 1 MiB.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,12 +56,24 @@ class ControlStub:
 
 
 class ControlServicer:
-    """Missing associated documentation comment in .proto file."""
+    """
+    1. The pod sends Hello first, within 10 s of opening the stream, and only once. A Hello that can't be understood ends
+    the stream with INVALID_ARGUMENT, a role that contradicts the policy's targets with FAILED_PRECONDITION, a second
+    stream of the same pod ends the first with ABORTED; the details say what to do. The pod reconnects with backoff.
+    2. The controller pushes tables, one at a time: the next one follows the answer to the last one. Only the newest
+    waits meanwhile. Decode pods answer before Prefill pods are sent the same version.
+    3. The pod answers each Push at once with Ack or Nack, repeating version and nonce. It refuses a version lower than
+    the one in force (reason StaleVersion), and a table it can't read or has no stage for; after a Nack the last good
+    table stays in force. It acknowledges a version equal to the one in force. A pod that does not answer within 30 s
+    loses its stream (DEADLINE_EXCEEDED). A refused version is not sent to the pod again.
+    4. When nothing changes, a Heartbeat renews the table's time to live. A Push renews it too.
+    5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
+    applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
+    6. Neither side accepts a message of more than 1 MiB.
+    """
 
     def Connect(self, request_iterator, context):
-        """The pod says Hello first. The controller pushes tables; the pod answers each with an Ack or a Nack that repeats its
-        nonce, and sends TransferReports when it has some. A pod keeps its last good table when the stream ends.
-        """
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -69,7 +95,21 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """Missing associated documentation comment in .proto file."""
+    """
+    1. The pod sends Hello first, within 10 s of opening the stream, and only once. A Hello that can't be understood ends
+    the stream with INVALID_ARGUMENT, a role that contradicts the policy's targets with FAILED_PRECONDITION, a second
+    stream of the same pod ends the first with ABORTED; the details say what to do. The pod reconnects with backoff.
+    2. The controller pushes tables, one at a time: the next one follows the answer to the last one. Only the newest
+    waits meanwhile. Decode pods answer before Prefill pods are sent the same version.
+    3. The pod answers each Push at once with Ack or Nack, repeating version and nonce. It refuses a version lower than
+    the one in force (reason StaleVersion), and a table it can't read or has no stage for; after a Nack the last good
+    table stays in force. It acknowledges a version equal to the one in force. A pod that does not answer within 30 s
+    loses its stream (DEADLINE_EXCEEDED). A refused version is not sent to the pod again.
+    4. When nothing changes, a Heartbeat renews the table's time to live. A Push renews it too.
+    5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
+    applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
+    6. Neither side accepts a message of more than 1 MiB.
+    """
 
     @staticmethod
     def Connect(request_iterator,

@@ -1,0 +1,70 @@
+"""Liveness, readiness and status over HTTP."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiohttp import web
+
+MOST_TICK_S: Final = 15.0
+"""A decision loop that has not turned for so long is stuck."""
+MOST_SILENCE_S: Final = 180.0
+"""A source that has neither brought nor tried anything for so long is stalled."""
+
+
+@dataclass(slots=True)
+class Health:
+    """What the probes ask for.
+
+    Attributes:
+        ticked_s: When the decision loop last turned, on the monotonic clock.
+        source_s: Returns when the source was last alive, on the same clock.
+        synced: Returns whether the policies are known.
+        listening: Pods can connect.
+    """
+
+    ticked_s: float
+    source_s: Callable[[], float]
+    synced: Callable[[], bool]
+    listening: bool = False
+
+    def dead(self, now_s: float) -> str:
+        """Return why the process should be restarted; empty while it lives."""
+        if now_s - self.ticked_s > MOST_TICK_S:
+            return f"the decision loop has not turned for {now_s - self.ticked_s:.0f} s"
+        silence_s = now_s - self.source_s()
+        if silence_s > MOST_SILENCE_S:
+            return f"the source of policies has been silent for {silence_s:.0f} s"
+        return ""
+
+    def unready(self) -> str:
+        """Return why pods should not be sent here; empty when they should."""
+        if not self.synced():
+            return "the policies are not read yet"
+        return "" if self.listening else "not listening"
+
+
+def application(
+    health: Health, statuses: Callable[[], dict[str, dict[str, Any]]]
+) -> web.Application:
+    """Return the HTTP application: ``/healthz``, ``/readyz``, and ``/status`` with every policy's status as JSON."""
+
+    async def healthz(_request: web.Request) -> web.Response:
+        return _answer(health.dead(time.monotonic()))
+
+    async def readyz(_request: web.Request) -> web.Response:
+        return _answer(health.unready())
+
+    async def status(_request: web.Request) -> web.Response:
+        return web.json_response(statuses())
+
+    app = web.Application()
+    app.add_routes(
+        [web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/status", status)]
+    )
+    return app
+
+
+def _answer(problem: str) -> web.Response:
+    return web.Response(text=problem or "ok", status=503 if problem else 200)

@@ -1,0 +1,247 @@
+"""What the controller knows of one policy: its inputs, the table compiled from them, and what came of it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from kvserve_api.errors import ArtifactError, SpecError
+from kvserve_api.latency import Link
+from kvserve_api.policy import Metric, Mode, Policy
+from kvserve_api.profile_set import DEFAULT_CLASS, NONE, ParetoSet, Profile
+from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES, push_from_table
+from kvserve_api.selection import select
+from kvserve_api.table import DecisionTable, Version
+from kvserve_controller.activity import Activity, Cause
+from kvserve_controller.compile import Learned, compile_table, merge_classes
+from kvserve_controller.learn import Learner, distance
+from kvserve_controller.report import MAX_REPORTS, Report, ReportError
+from kvserve_controller.source import Entry
+from kvserve_controller.window import Window
+
+RELEARN_INTERVAL_S: Final = 5.0
+"""Least seconds between two tables that differ only by what was learned."""
+RELEARN_CHANGE: Final = 0.1
+"""Least relative change of a correction or deadline that is worth a new table."""
+TYPICAL_BYTES: Final = 64 << 20
+"""Native bytes of a transfer to predict with before any was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """A moment, on both clocks.
+
+    Attributes:
+        mono_s: Seconds on the monotonic clock; for durations.
+        wall_s: Seconds since 1970; for people.
+    """
+
+    mono_s: float
+    wall_s: float
+
+
+class Program:
+    """One policy with all that was derived from it.
+
+    What can't be read or compiled never replaces what could: the last good table stays in force.
+
+    Attributes:
+        policy: The last policy that could be read.
+        pareto: The last Pareto set that could be read.
+        generation: Of the policy's spec, as its source has it now.
+        table: The table in force.
+        learned: What the table was compiled with.
+        window: The recent transfers.
+        activity: The profile in use.
+    """
+
+    def __init__(self, key: str, *, prior_bytes_per_s: float, next_version: Callable[[], Version]):
+        self.key = key
+        self.policy: Policy | None = None
+        self.pareto: ParetoSet | None = None
+        self.generation = 1
+        self._unreadable: SpecError | None = None
+        self._uncompilable: SpecError | None = None
+        self.table: DecisionTable | None = None
+        self.learned = Learned(corrections={}, model_s={})
+        self.window = Window([DEFAULT_CLASS])
+        self.activity = Activity()
+        self._profiles: Mapping[str, Profile] = {}
+        self._learner = Learner()
+        self._prior_bytes_per_s = prior_bytes_per_s
+        self._next_version = next_version
+        self._compiled_s = -math.inf
+        self._aged_s: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model that was profiled; empty without a set."""
+        return self.pareto.model.fingerprint if self.pareto is not None else ""
+
+    @property
+    def problem(self) -> SpecError | None:
+        """Why the latest inputs are not in force; None if they are."""
+        return self._unreadable or self._uncompilable
+
+    def restore(self, status: Mapping[str, Any]) -> None:
+        """Take up what an earlier controller published."""
+        self.activity = Activity.restore({"history": status.get("history", [])})
+
+    def load(self, entry: Entry, now: Instant) -> Cause | None:
+        """Take up the policy and set as their source has them now.
+
+        Returns:
+            Why there is a new table; None if there is none.
+        """
+        policy = entry.policy if entry.policy is not None else self.policy
+        pareto = entry.pareto if entry.pareto is not None else self.pareto
+        new_policy, new_pareto = policy != self.policy, pareto != self.pareto
+        self._unreadable = entry.problem
+        self.generation = entry.generation
+        if not (new_policy or new_pareto):
+            return None
+        cause = Cause.POLICY if new_policy else Cause.PROFILES
+        self.policy = policy
+        if policy is not None:
+            self.window.keep_classes(policy.classes)
+        if new_pareto:
+            self.pareto = pareto
+            self._learner = Learner()
+        return self._compile(Cause.STARTED if self.table is None else cause, now)
+
+    def observe(self, messages: Sequence[Any], now: Instant) -> Counter[str]:
+        """Take up the ``TransferReport`` messages of a pod.
+
+        Returns:
+            How many were learned from (``Learned``) and how many were not, by reason.
+        """
+        outcomes: Counter[str] = Counter()
+        if len(messages) > MAX_REPORTS:
+            outcomes["TooMany"] = len(messages) - MAX_REPORTS
+        for message in messages[:MAX_REPORTS]:
+            try:
+                self._observe(Report.read(message), now)
+            except ReportError as error:
+                outcomes[error.reason] += 1
+            else:
+                outcomes["Learned"] += 1
+        return outcomes
+
+    def tick(self, now: Instant) -> Cause | None:
+        """Follow the traffic: the profile in use, and a new table if enough was learned.
+
+        Returns:
+            Why there is a new table; None if there is none.
+        """
+        if self._aged_s is not None:
+            self._learner.age(now.mono_s - self._aged_s)
+        self._aged_s = now.mono_s
+        if self.table is None:
+            return None
+        self._follow(self.table, now)
+        if now.mono_s < self._compiled_s + RELEARN_INTERVAL_S or not self._moved(now):
+            return None
+        return self._compile(Cause.LEARNED, now)
+
+    def reissue(self) -> Cause | None:
+        """Give the table in force a new version, because a pod holds a higher one."""
+        if self.table is None:
+            return None
+        self.table = replace(self.table, version=self._next_version())
+        return Cause.REISSUED
+
+    def _observe(self, report: Report, now: Instant) -> None:
+        profile = self._profiles.get(report.profile)
+        if profile is None:
+            raise ReportError("UnknownProfile", "profile", f"is unknown: {report.profile!r}")
+        self._learner.observe(profile, report)
+        self.window.add(report, now.mono_s)
+        self.activity.observe_goodput(report.goodput_bytes_per_s)
+
+    def _learned(self, now: Instant) -> Learned:
+        model_s = {}
+        for name, workload in self.policy.classes.items() if self.policy else ():
+            for objective in workload.slo.objectives:
+                if objective.metric is Metric.TIME_TO_FIRST_TOKEN:
+                    key = (name, objective.percentile)
+                    seen_s = self.window.percentile_s(name, None, key[1], now.mono_s)
+                    # without traffic for a while, what was seen before is still the best guess
+                    seen_s = self.learned.model_s.get(key) if seen_s is None else seen_s
+                    if seen_s is not None:
+                        model_s[key] = seen_s
+        return Learned(corrections=self._learner.corrections(), model_s=model_s)
+
+    def _moved(self, now: Instant) -> bool:
+        new = self._learned(now)
+        if distance(self.learned.corrections, new.corrections) > RELEARN_CHANGE:
+            return True
+        old_s = self.learned.model_s
+        return any(
+            key not in old_s or abs(seen_s - old_s[key]) > RELEARN_CHANGE * old_s[key]
+            for key, seen_s in new.model_s.items()
+        )
+
+    def _compile(self, cause: Cause, now: Instant) -> Cause | None:
+        """Compile the inputs; an unusable one leaves the table as it is and says why."""
+        if self.policy is None or self.pareto is None:
+            return None
+        learned = self._learned(now)
+        self._compiled_s = now.mono_s
+        try:
+            table = compile_table(
+                self.policy,
+                self.pareto,
+                version=self.table.version if self.table else Version(epoch=0, counter=0),
+                prior_bytes_per_s=self._prior_bytes_per_s,
+                learned=learned,
+            )
+            _check_size(table)
+        except SpecError as error:
+            self._uncompilable = error
+            return None
+        self._uncompilable = None
+        self.learned = learned
+        self._profiles = merge_classes(self.policy, self.pareto)
+        if table == self.table:
+            return None
+        self.table = replace(table, version=self._next_version())
+        self.activity.compiled(cause)
+        self._follow(self.table, now)
+        return cause
+
+    def _follow(self, table: DecisionTable, now: Instant) -> None:
+        goodput = self.window.goodput_bytes_per_s(now.mono_s) or self._prior_bytes_per_s
+        expected = select(
+            table,
+            DEFAULT_CLASS,
+            native_bytes=self.window.native_bytes() or TYPICAL_BYTES,
+            link=Link(bytes_per_s=goodput),
+        )
+        self.activity.update(
+            self.window.usage(now.mono_s),
+            possible=_possible(table),
+            predicted=expected.profile,
+            goodput_bytes_per_s=goodput,
+            version=table.version,
+            settled=self.window.settled(table.version, now.mono_s),
+            wall_s=now.wall_s,
+        )
+
+
+def _check_size(table: DecisionTable) -> None:
+    size = push_from_table(table, "").ByteSize()
+    if size > MAX_MESSAGE_BYTES // 2:
+        raise ArtifactError(
+            "classes",
+            f"make a table of {size} bytes, too large to push: use fewer workload classes",
+        )
+
+
+def _possible(table: DecisionTable) -> frozenset[str]:
+    """Return the profiles that transfers can use under a table."""
+    if table.pinned is not None:
+        return frozenset({table.pinned})
+    if table.mode is not Mode.ACTIVE:
+        return frozenset({NONE})
+    return frozenset(name for rule in table.rules.values() for name in rule.candidates)

@@ -1,0 +1,399 @@
+"""The state of the push channel: which pod is sent what, and when. No I/O and no clock of its own.
+
+`service` reads and writes the streams; here is decided. A table is sent to a policy's Decode pods first, and to its
+Prefill pods when every Decode pod that was connected at that time has answered or is gone.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+from kvserve_api.errors import PolicyError, UnavailableError
+from kvserve_api.policy import Policy
+from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.rpc.messages import push_from_table, version_to_message
+from kvserve_api.table import DecisionTable, Role, Version
+from kvserve_controller.match import Pod, match
+
+ACK_TIMEOUT_S: Final = 30.0
+"""How long a pod may take to answer a table before its stream is closed; it may have to compile kernels first."""
+MAX_STREAMS: Final = 8192
+MAX_REJECTIONS: Final = 4096
+MAX_DETAIL: Final = 512
+HEARTBEATS_PER_TTL: Final = 3
+
+
+class Ending(StrEnum):
+    """Why the controller ends a stream; the words are names of gRPC status codes."""
+
+    SILENT = "DEADLINE_EXCEEDED"
+    REPLACED = "ABORTED"
+    WRONG_ROLE = "FAILED_PRECONDITION"
+    STOPPING = "UNAVAILABLE"
+
+
+class Outcome(StrEnum):
+    """What became of a push."""
+
+    ACK = "ack"
+    NACK = "nack"
+    TIMEOUT = "timeout"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A pod's refusal of a table."""
+
+    version: Version
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sent:
+    """A table on its way to a pod, not answered yet."""
+
+    version: Version
+    nonce: str
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """The pods of one role of a policy.
+
+    Attributes:
+        connected: With an open stream.
+        synced: That acknowledged the table in force.
+        rejected: That refused it, or serve another model than was profiled.
+        message: Why; empty if none did.
+    """
+
+    connected: int = 0
+    synced: int = 0
+    rejected: int = 0
+    message: str = ""
+
+    @property
+    def stale(self) -> int:
+        """Pods that hold an earlier table or none."""
+        return self.connected - self.synced - self.rejected
+
+
+class Session:
+    """One pod's open stream.
+
+    Attributes:
+        pod: Who it is.
+        policy: The policy it belongs to; None if there is none.
+        held: The version the pod has in force, as far as known.
+        acked: The last version it acknowledged on this stream.
+        sent: What it has not answered yet.
+        rejection: What it refused last.
+        ending: Why the stream is to be closed, and what to tell the pod; None while it stays open.
+        wake: Set when there may be something to send.
+    """
+
+    def __init__(self, pod: Pod) -> None:
+        self.pod = pod
+        self.policy: str | None = None
+        self.held = pod.version
+        self.acked: Version | None = None
+        self.sent: Sent | None = None
+        self.rejection: Rejection | None = None
+        self.ending: tuple[Ending, str] | None = None
+        self.wake = asyncio.Event()
+        self.last_sent_s = 0.0
+        self.nonces = 0
+
+    def end(self, ending: Ending, detail: str) -> None:
+        """Have the stream closed."""
+        if self.ending is None:
+            self.ending = (ending, detail)
+        self.wake.set()
+
+    def has_answered(self, version: Version) -> bool:
+        """Tell whether the pod has acknowledged or refused a version."""
+        refused = self.rejection is not None and self.rejection.version == version
+        return refused or self.acked == version
+
+
+class Offer:
+    """A table in force and the Decode pods that its Prefill pods wait for."""
+
+    def __init__(self, table: DecisionTable, fingerprint: str, waiting: set[Session]) -> None:
+        self.table = table
+        self.fingerprint = fingerprint
+        self.waiting = waiting
+        self.message = push_from_table(table, "")
+
+    def suits(self, pod: Pod) -> bool:
+        """Tell whether the pod serves the model that was profiled, as far as both say."""
+        return not (self.fingerprint and pod.model_fingerprint) or (
+            self.fingerprint == pod.model_fingerprint
+        )
+
+
+Answered: TypeAlias = Callable[[str, Outcome], None]
+
+
+class Hub:
+    """All streams and all tables in force.
+
+    Attributes:
+        synced: The policies are known: pods that none of them wants may be told so.
+        sessions: The open streams, by pod.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_answer: Answered,
+        on_behind: Callable[[str], None],
+        ack_timeout_s: float = ACK_TIMEOUT_S,
+    ) -> None:
+        """Make a hub without streams.
+
+        Args:
+            on_answer: Called with the policy and what became of a push.
+            on_behind: Called with a policy of whose table a pod holds a higher version; it must offer a higher one.
+            ack_timeout_s: How long a pod may take to answer.
+        """
+        self.synced = False
+        self.sessions: dict[str, Session] = {}
+        self._by_policy: dict[str, dict[str, Session]] = {}
+        self._offers: dict[str, Offer] = {}
+        self._policies: Mapping[str, Policy] = {}
+        self._rejections: dict[tuple[str, str, frozenset[str]], Rejection] = {}
+        self._on_answer = on_answer
+        self._on_behind = on_behind
+        self._ack_timeout_s = ack_timeout_s
+
+    def connect(self, pod: Pod) -> Session:
+        """Open a stream; an older one of the same pod is ended.
+
+        Raises:
+            UnavailableError: There are too many streams.
+            PolicyError: The pod's policy has it in the other role.
+        """
+        old = self.sessions.get(pod.key)
+        if old is None and len(self.sessions) >= MAX_STREAMS:
+            raise UnavailableError(f"this controller serves {MAX_STREAMS} streams already")
+        session = Session(pod)
+        session.rejection = self._rejections.get(_memory_key(pod))
+        policy = match(pod, self._policies)
+        if old is not None:
+            old.end(Ending.REPLACED, f"pod {pod.key} opened a newer stream")
+            self._forget(old)
+        self.sessions[pod.key] = session
+        self._join(session, policy)
+        return session
+
+    def disconnect(self, session: Session) -> None:
+        """Close a stream."""
+        if self.sessions.get(session.pod.key) is session:
+            self._forget(session)
+
+    def stop(self) -> None:
+        """End all streams, because the controller ends; pods hold their tables."""
+        for session in self.sessions.values():
+            session.end(Ending.STOPPING, "the controller is stopping")
+
+    def rematch(self, policies: Mapping[str, Policy]) -> None:
+        """Follow a change of the policies, given in the order in which they win."""
+        self._policies = policies
+        self.synced = True
+        for session in self.sessions.values():
+            try:
+                policy = match(session.pod, policies)
+            except PolicyError as error:
+                session.end(Ending.WRONG_ROLE, str(error))
+                policy = None
+            if policy != session.policy:
+                self._leave(session)
+                self._join(session, policy)
+            session.wake.set()
+
+    def offer(self, policy: str, table: DecisionTable, fingerprint: str) -> None:
+        """Put a table in force: it is pushed to the policy's pods, Decode before Prefill."""
+        members = self._by_policy.get(policy, {}).values()
+        offer = Offer(table, fingerprint, set())
+        offer.waiting |= {
+            session
+            for session in members
+            if session.pod.role is Role.DECODE and offer.suits(session.pod)
+        }
+        self._offers[policy] = offer
+        self._wake(members)
+
+    def withdraw(self, policy: str) -> None:
+        """Forget the table of a policy that is gone."""
+        self._offers.pop(policy, None)
+
+    def answer(self, session: Session, nonce: str, rejection: tuple[str, str] | None) -> None:
+        """Take up a pod's answer; one to anything but the table on its way is too late and ignored.
+
+        Args:
+            session: The pod's stream.
+            nonce: The nonce it repeats.
+            rejection: Reason and detail of a refusal; None for an acknowledgement.
+        """
+        sent = session.sent
+        if sent is None or sent.nonce != nonce:
+            return
+        session.sent = None
+        if rejection is None:
+            session.acked = session.held = sent.version
+            session.rejection = None
+        else:
+            reason, detail = rejection
+            session.rejection = Rejection(
+                version=sent.version, reason=reason[:64], detail=detail[:MAX_DETAIL]
+            )
+            self._remember(session.pod, session.rejection)
+        if session.policy is not None:
+            self._on_answer(session.policy, Outcome.ACK if rejection is None else Outcome.NACK)
+            offer = self._offers.get(session.policy)
+            if offer is not None and session.has_answered(offer.table.version):
+                self._settle(session, offer)
+        session.wake.set()
+
+    def next_message(self, session: Session, now_s: float) -> pb.ControllerMessage | None:
+        """Return what to send to a pod now, taken as sent; None if there is nothing.
+
+        Ends the stream of a pod that has not answered in time.
+        """
+        if session.sent is not None and now_s >= session.sent.at_s + self._ack_timeout_s:
+            if session.policy is not None:
+                self._on_answer(session.policy, Outcome.TIMEOUT)
+            session.end(
+                Ending.SILENT,
+                f"table {session.sent.version} was not answered in {self._ack_timeout_s:g} s",
+            )
+            return None
+        offer = self._offers.get(session.policy or "")
+        if session.policy is None or (offer is not None and not offer.suits(session.pod)):
+            return self._release(session)
+        if offer is None:
+            return None
+        its_turn = session.pod.role is Role.DECODE or not offer.waiting
+        if its_turn and session.sent is None and not session.has_answered(offer.table.version):
+            return self._push(session, offer, now_s)
+        if session.held is not None and now_s >= self._heartbeat_s(session, offer):
+            session.last_sent_s = now_s
+            return pb.ControllerMessage(
+                heartbeat=pb.Heartbeat(version=version_to_message(session.held))
+            )
+        return None
+
+    def wait_s(self, session: Session, now_s: float) -> float | None:
+        """Return for how many seconds there is nothing to send unless `Session.wake` is set; None for ever."""
+        times_s = []
+        if session.sent is not None:
+            times_s.append(session.sent.at_s + self._ack_timeout_s)
+        offer = self._offers.get(session.policy or "")
+        if offer is not None and offer.suits(session.pod) and session.held is not None:
+            times_s.append(self._heartbeat_s(session, offer))
+        return max(0.0, min(times_s) - now_s) if times_s else None
+
+    def counts(self, policy: str) -> dict[Role, Counts]:
+        """Return how the pods of each role of a policy stand."""
+        offer = self._offers.get(policy)
+        members = list(self._by_policy.get(policy, {}).values())
+        return {role: _count(offer, [s for s in members if s.pod.role is role]) for role in Role}
+
+    def _push(self, session: Session, offer: Offer, now_s: float) -> pb.ControllerMessage:
+        session.nonces += 1
+        version, nonce = offer.table.version, str(session.nonces)
+        session.sent = Sent(version=version, nonce=nonce, at_s=now_s)
+        session.last_sent_s = now_s
+        return pb.ControllerMessage(
+            push=pb.Push(version=offer.message.version, nonce=nonce, table=offer.message.table)
+        )
+
+    def _release(self, session: Session) -> pb.ControllerMessage | None:
+        if not self.synced or session.held is None:
+            return None
+        session.held = session.acked = None
+        reason = "no policy selects this pod"
+        if session.policy is not None:
+            reason = f"the profiles of policy {session.policy} were measured on another model"
+        return pb.ControllerMessage(release=pb.Release(reason=reason))
+
+    def _heartbeat_s(self, session: Session, offer: Offer) -> float:
+        return session.last_sent_s + offer.table.ttl_s / HEARTBEATS_PER_TTL
+
+    def _join(self, session: Session, policy: str | None) -> None:
+        session.policy = policy
+        if policy is None:
+            return
+        self._by_policy.setdefault(policy, {})[session.pod.key] = session
+        offer = self._offers.get(policy)
+        if offer is not None and session.held is not None and session.held > offer.table.version:
+            self._on_behind(policy)
+
+    def _leave(self, session: Session) -> None:
+        if session.policy is None:
+            return
+        members = self._by_policy.get(session.policy, {})
+        members.pop(session.pod.key, None)
+        if not members:
+            self._by_policy.pop(session.policy, None)
+        offer = self._offers.get(session.policy)
+        if offer is not None:
+            self._settle(session, offer)
+
+    def _forget(self, session: Session) -> None:
+        del self.sessions[session.pod.key]
+        self._leave(session)
+
+    def _settle(self, session: Session, offer: Offer) -> None:
+        """Wait no longer for a Decode pod that answered the table in force, or is gone."""
+        if session in offer.waiting:
+            offer.waiting.discard(session)
+            if not offer.waiting:
+                self._wake(self._by_policy.get(offer.table.policy, {}).values())
+
+    def _remember(self, pod: Pod, rejection: Rejection) -> None:
+        """Keep a refusal over reconnects, until the pod is another one or the table is."""
+        self._rejections.pop(_memory_key(pod), None)
+        self._rejections[_memory_key(pod)] = rejection
+        if len(self._rejections) > MAX_REJECTIONS:
+            del self._rejections[next(iter(self._rejections))]
+
+    @staticmethod
+    def _wake(sessions: Iterable[Session]) -> None:
+        for session in sessions:
+            session.wake.set()
+
+
+def _memory_key(pod: Pod) -> tuple[str, str, frozenset[str]]:
+    """Return what makes a pod one that may answer differently: another connector, or other stages."""
+    return pod.key, pod.connector_version, pod.stages
+
+
+def _count(offer: Offer | None, sessions: list[Session]) -> Counts:
+    if offer is None:
+        return Counts(connected=len(sessions))
+    version = offer.table.version
+    problems = []
+    synced = 0
+    for session in sessions:
+        rejection = session.rejection
+        if not offer.suits(session.pod):
+            problems.append(
+                f"{session.pod.name}: serves another model than was profiled"
+                f" (fingerprint {session.pod.model_fingerprint}, not {offer.fingerprint})"
+            )
+        elif rejection is not None and rejection.version == version:
+            problems.append(f"{session.pod.name}: {rejection.reason}: {rejection.detail}")
+        elif session.acked == version:
+            synced += 1
+    return Counts(
+        connected=len(sessions),
+        synced=synced,
+        rejected=len(problems),
+        message="; ".join(problems[:3]),
+    )

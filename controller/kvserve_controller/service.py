@@ -1,0 +1,143 @@
+"""The gRPC service: one bidirectional stream a pod, read and written as the hub decides."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import grpc
+import grpc.aio
+
+from kvserve_api.errors import PolicyError, SpecError, UnavailableError
+from kvserve_api.rpc import control_pb2_grpc
+from kvserve_api.table import Version
+from kvserve_controller.match import Pod
+from kvserve_controller.push import Ending, Hub, Session
+
+HELLO_TIMEOUT_S: Final = 10.0
+SEND_TIMEOUT_S: Final = 5.0
+"""How long a message may wait for a pod that doesn't read before its stream is closed."""
+
+_EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]  # its stubs don't know it
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = Any
+"""A ``grpc.aio.ServicerContext``; its stubs know no coroutine that reads."""
+
+
+class ControlService(control_pb2_grpc.ControlServicer):
+    """Carries messages between the streams and the hub.
+
+    A stuck pod holds up its own stream only: each has a reader and a writer of its own, and each wait has an end.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        on_hello: Callable[[Version], None],
+        on_reports: Callable[[str, Sequence[Any]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make the service.
+
+        Args:
+            hub: Decides who is sent what.
+            on_hello: Called with the version a pod holds; raises SpecError for one that can't be.
+            on_reports: Called with a policy and the ``TransferReport`` messages of one of its pods.
+            clock: Monotonic seconds.
+        """
+        self._hub = hub
+        self._on_hello = on_hello
+        self._on_reports = on_reports
+        self._clock = clock
+
+    async def Connect(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
+        """Serve one pod until either side ends the stream."""
+        try:
+            session = self._hub.connect(await self._hello(context))
+        except UnavailableError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except SpecError as error:
+            await context.abort(_code_of(error), str(error))
+        pod = session.pod
+        log.info(
+            "pod connected", extra={"pod": pod.key, "role": pod.role, "policy": session.policy}
+        )
+        tasks = [
+            asyncio.create_task(self._read(session, context)),
+            asyncio.create_task(self._write(session, context)),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # first of all: other pods may be waiting for this one
+            self._hub.disconnect(session)
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, Exception):
+                    log.error("stream failed", exc_info=result, extra={"pod": pod.key})
+            log.info("pod disconnected", extra={"pod": pod.key, "why": _why(session)})
+        if session.ending is not None:
+            ending, detail = session.ending
+            await context.abort(grpc.StatusCode[ending.value], detail)
+
+    async def _hello(self, context: Context) -> Pod:
+        try:
+            message = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
+        except TimeoutError:
+            message = _EOF
+        if message is _EOF or message.WhichOneof("body") != "hello":
+            raise SpecError("hello", f"must be the first message, within {HELLO_TIMEOUT_S:g} s")
+        pod = Pod.read(message.hello)
+        if pod.version is not None:
+            self._on_hello(pod.version)
+        return pod
+
+    async def _read(self, session: Session, context: Context) -> None:
+        while (message := await context.read()) is not _EOF:
+            match message.WhichOneof("body"):
+                case "ack":
+                    self._hub.answer(session, message.ack.nonce, None)
+                case "nack":
+                    nack = message.nack
+                    log.warning(
+                        "table refused",
+                        extra={"pod": session.pod.key, "why": nack.reason, "detail": nack.detail},
+                    )
+                    self._hub.answer(session, nack.nonce, (nack.reason, nack.detail))
+                case "reports" if session.policy is not None:
+                    self._on_reports(session.policy, message.reports.reports)
+                case _:
+                    log.debug("message ignored", extra={"pod": session.pod.key})
+
+    async def _write(self, session: Session, context: Context) -> None:
+        while session.ending is None:
+            session.wake.clear()
+            message = self._hub.next_message(session, self._clock())
+            if message is not None:
+                try:
+                    await asyncio.wait_for(context.write(message), SEND_TIMEOUT_S)
+                except TimeoutError:
+                    session.end(Ending.SILENT, f"nothing was read for {SEND_TIMEOUT_S:g} s")
+            elif session.ending is None:
+                await _wait(session.wake, self._hub.wait_s(session, self._clock()))
+
+
+async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+
+
+def _code_of(error: SpecError) -> grpc.StatusCode:
+    if isinstance(error, PolicyError):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    return grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _why(session: Session) -> str:
+    return session.ending[1] if session.ending is not None else "the stream ended"

@@ -1,0 +1,75 @@
+"""The inputs and the progress of a profiling run."""
+
+import json
+from typing import Any
+
+import pytest
+
+from kvserve_api.errors import SpecError
+from kvserve_api.names import child_name
+from kvserve_api.policy import Policy
+from kvserve_api.run import Progress, RunInputs
+from samples import policy_object
+
+
+def inputs(text: str | None = None, image: str = "", **spec: Any) -> RunInputs:
+    """Return the inputs of a policy's run."""
+    policy = Policy.from_object(policy_object(**spec))
+    return RunInputs.of_policy(policy, text_digests={"default": text}, image=image)
+
+
+def test_round_trip() -> None:
+    """Inputs read back equal from their canonical JSON."""
+    first = inputs("sha256:00", workloads=[{"name": "code"}], model={"name": "m", "revision": "r"})
+    assert RunInputs.parse(first.canonical()) == first
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        pytest.param(inputs(quality={"maxLossBasisPoints": 7}), True, id="budget"),
+        pytest.param(inputs(control={"mode": "Off"}), True, id="mode"),
+        pytest.param(inputs(model={"name": "other"}), False, id="model"),
+        pytest.param(inputs("sha256:00"), False, id="text"),
+        pytest.param(inputs(workloads=[{"name": "code"}]), False, id="class"),
+        pytest.param(inputs(profiling={"budget": {"maxTrials": 5}}), False, id="trials"),
+        pytest.param(inputs(image="profiler:2"), False, id="image"),
+        pytest.param(
+            inputs(model={"name": "test/model", "source": {"pvc": {"claimName": "c"}}}),
+            False,
+            id="source",
+        ),
+    ],
+)
+def test_digest_says_whether_to_profile_again(other: RunInputs, same: bool) -> None:
+    """What decides the result changes the digest; what only decides its use does not."""
+    assert (other.digest == inputs().digest) == same
+
+
+@pytest.mark.parametrize(
+    "document",
+    [b"", b"{}", b"[1]", b'{"schema":"x"}', inputs().canonical().replace(b"seed", b"sed")],
+)
+def test_bad_inputs_are_refused(document: bytes) -> None:
+    """What is no run's inputs is a typed error."""
+    with pytest.raises(SpecError):
+        RunInputs.parse(document)
+
+
+def test_progress() -> None:
+    """Progress reads back equal and counts failures as done."""
+    progress = Progress(completed=30, failed=7, total=64, message="int4")
+    assert Progress.parse(json.dumps(progress.to_json())) == progress
+    assert str(progress) == "37/64"
+    with pytest.raises(SpecError, match="completed"):
+        Progress.parse('{"completed": -1, "failed": 0, "total": 1}')
+
+
+def test_child_names_are_labels() -> None:
+    """A child's name is a DNS label, whatever the policy's name, and tells runs apart."""
+    digest = "sha256:" + "0123456789" * 6
+    assert child_name("chat", "job", digest) == "chat-job-0123456789"
+    long = child_name("a" * 46 + "-.bbbb", "pareto", digest)
+    assert len(long) <= 63
+    assert long.startswith("a" * 45)
+    assert long.endswith("a-pareto-0123456789")

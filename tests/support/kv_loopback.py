@@ -1,0 +1,167 @@
+"""A producer and a consumer in one process: real caches, real TCP, no engine around them."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kvserve_api.wire import KVLayout
+from kvserve_connector.client import Outcome, TransferClient
+from kvserve_connector.coding import known_stages
+from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.engine import Engine
+from kvserve_connector.handover import Lease, Load
+from kvserve_connector.layout import PagedCache, split_content
+from kvserve_connector.leases import LeaseBook
+from kvserve_connector.links import LinkBook
+from kvserve_connector.metrics import Metrics
+from kvserve_connector.remote import Remote
+from kvserve_connector.selector import Selector
+from kvserve_connector.server import TransferServer
+
+BLOCK = 16
+LAYOUT = KVLayout(layers=7, kv_heads=2, head_dim=16, dtype="bfloat16")
+ENGINE = Engine(
+    layout=LAYOUT,
+    layer_names=tuple(f"layers.{index}" for index in range(LAYOUT.layers)),
+    block_tokens=BLOCK,
+    fingerprint="sha256:" + "0" * 64,
+    engine_id="producer-1",
+)
+
+
+def make_cache(blocks: int = 32, *, seed: int | None = None) -> PagedCache:
+    """Make a cache with random content, or zeros without a seed."""
+    shape = (blocks, LAYOUT.kv_heads, BLOCK, 2 * LAYOUT.head_dim)
+    generator = torch.Generator().manual_seed(seed or 0)
+    layers = [
+        torch.zeros(shape, dtype=torch.bfloat16)
+        if seed is None
+        else torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for _ in range(LAYOUT.layers)
+    ]
+    return PagedCache([split_content(t, LAYOUT.head_dim) for t in layers], LAYOUT, BLOCK)
+
+
+@dataclass
+class Pair:
+    """Both ends, and what came of the transfers."""
+
+    config: ConnectorConfig
+    server: TransferServer
+    client: TransferClient
+    source: PagedCache
+    target: PagedCache
+    leases: LeaseBook
+    links: LinkBook
+    selector: Selector
+    metrics: Metrics
+    outcomes: list[Outcome] = field(default_factory=list)
+    arrived: threading.Condition = field(default_factory=threading.Condition)
+
+    def lease(self, request_id: str, tokens: int, block_ids: tuple[int, ...]) -> Lease:
+        """Hold a prefill."""
+        lease = Lease(
+            request_id=request_id,
+            tokens=tokens,
+            prompt_digest="d" * 32,
+            block_ids=block_ids,
+            workload="default",
+            model_s=0.5,
+        )
+        self.leases.add(lease)
+        return lease
+
+    def load(
+        self,
+        request_id: str,
+        tokens: range,
+        block_ids: tuple[int, ...],
+        *,
+        port: int | None = None,
+        engine_id: str = ENGINE.engine_id,
+        prompt_digest: str = "d" * 32,
+    ) -> Load:
+        """Describe a fetch."""
+        remote = Remote(
+            host="127.0.0.1",
+            port=port or self.server.port,
+            engine_id=engine_id,
+            request_id=request_id,
+            tokens=tokens.stop,
+        )
+        return Load(
+            request_id=f"local-{request_id}",
+            remote=remote,
+            tokens=tokens,
+            prompt_digest=prompt_digest,
+            block_ids=block_ids,
+            workload="default",
+        )
+
+    def fetch(self, load: Load, timeout_s: float = 20.0) -> Outcome:
+        """Fetch, and wait for the outcome."""
+        self.client.start(load)
+        return self.outcome(load.request_id, timeout_s)
+
+    def outcome(self, request_id: str, timeout_s: float = 20.0) -> Outcome:
+        """Wait for an outcome."""
+        with self.arrived:
+            found = self.arrived.wait_for(lambda: self._find(request_id), timeout_s)
+            assert found, f"no outcome of {request_id}"
+            return found
+
+    def ended(self, timeout_s: float = 5.0) -> tuple[set[str], dict[str, int]]:
+        """Wait until a lease has ended, and return which and how."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            ended, counts = self.leases.take_ended()
+            if ended:
+                return ended, counts
+            time.sleep(0.01)
+        return set(), {}
+
+    def note(self, outcome: Outcome) -> None:
+        """Take an outcome from the client."""
+        with self.arrived:
+            self.outcomes.append(outcome)
+            self.arrived.notify_all()
+
+    def _find(self, request_id: str) -> Outcome | None:
+        return next((o for o in self.outcomes if o.load.request_id == request_id), None)
+
+
+@contextmanager
+def pair(*, engine: Engine = ENGINE, lease_s: float = 30.0, **settings: float) -> Iterator[Pair]:
+    """Start both ends; ``engine`` is the consumer's."""
+    config = replace(
+        ConnectorConfig(
+            listen_host="127.0.0.1", listen_port=0, timeout_s=5.0, stall_s=1.0, chunk_layers=2
+        ),
+        **settings,  # type: ignore[arg-type]
+    )
+    selector = Selector()
+    metrics = Metrics(selector)
+    leases = LeaseBook(lease_s)
+    links = LinkBook()
+    source, target = make_cache(seed=7), make_cache()
+    encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    server = TransferServer(config, ENGINE, source, leases, selector, links, encoders, metrics)
+    made: list[Pair] = []
+    client = TransferClient(
+        config, engine, target, known_stages(), decoders, lambda outcome: made[0].note(outcome)
+    )
+    both = Pair(config, server, client, source, target, leases, links, selector, metrics)
+    made.append(both)
+    server.start()
+    try:
+        yield both
+    finally:
+        client.close()
+        server.close()
+        encoders.shutdown()
+        decoders.shutdown()

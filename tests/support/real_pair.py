@@ -1,0 +1,60 @@
+"""A pair of real vLLM servers with a controller, as tests use it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from controller_process import ControllerProcess
+from otlp_receiver import Receiver
+from vllm_servers import Server
+
+TIMEOUT_S = 8.0
+LEASE_S = 6.0
+
+
+@dataclass
+class RealPair:
+    """A producer and a consumer, their controller and their trace receiver."""
+
+    model: Path
+    folder: Path
+    producer: Server
+    consumer: Server
+    controller: ControllerProcess
+    receiver: Receiver
+
+    def failures(self, reason: str) -> float:
+        """Return how many fetches failed for a reason."""
+        return self.consumer.count(
+            "vllm:kvserve_transfer_failures_total", 'direction="receive"', f'reason="{reason}"'
+        )
+
+    def sent(self, profile: str) -> float:
+        """Return how many transfers were sent with a profile."""
+        return self.producer.count(
+            "vllm:kvserve_transfers_total", 'direction="send"', f'profile="{profile}"'
+        )
+
+    def fetched_tokens(self) -> float:
+        """Return how many prompt tokens the consumer fetched instead of computing them."""
+        return self.consumer.count(
+            "vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"'
+        )
+
+    def leases(self, reason: str) -> float:
+        """Return how many leases ended for a reason."""
+        return self.producer.count("vllm:kvserve_leases_ended_total", f'reason="{reason}"')
+
+    def use(self, profile: str, timeout_s: float = 20) -> None:
+        """Pin a profile, and wait until both servers have it."""
+        self.controller.set_policy(control={"mode": "Pinned", "pinnedProfile": profile})
+        deadline_s = time.monotonic() + timeout_s
+        while not self._synced(profile):
+            assert time.monotonic() < deadline_s, self.controller.status()
+            time.sleep(0.2)
+
+    def _synced(self, profile: str) -> bool:
+        status = self.controller.status().get("default/chat", {})
+        targets = status.get("targets", [])
+        counts = [target["connected"] == 1 == target["synced"] for target in targets]
+        return status.get("activeProfile", {}).get("name") == profile and counts == [True, True]
