@@ -6,7 +6,7 @@ PY := .venv/bin/python
 STAMP := .venv/.synced
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup setup-cluster lint format test test-fast demo cluster-up cluster-down lock proto clean
+.PHONY: help setup setup-cluster lint format test test-fast demo cluster-up cluster-down lock proto crds clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ lock: ## Resolve the dependencies anew
 
 proto: $(STAMP) ## Generate the gRPC code
 	$(PY) -m grpc_tools.protoc -Iapi --python_out=api --pyi_out=api --grpc_python_out=api api/kvserve_api/rpc/control.proto
+
+crds: ## Copy the CRD into the chart; a test holds the two equal
+	cp crds/kvservepolicies.yaml helm/kvserve/files/kvservepolicies.yaml
 
 clean: ## Remove what make made here (not the caches outside the clone)
 	rm -rf .venv build dist
