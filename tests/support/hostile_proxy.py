@@ -31,7 +31,8 @@ class HostileProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._closed = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def __enter__(self) -> "HostileProxy":
         return self
@@ -40,6 +41,7 @@ class HostileProxy:
         self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join(5)
         self.cut()
         for each in (self._listener, *self.connections):
             each.close()
@@ -61,15 +63,20 @@ class HostileProxy:
         while not self._closed.is_set():
             try:
                 client, _ = self._listener.accept()
-                server = socket.socket()
-                # little room, so that what has not been forwarded is still with the server
-                server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-                for each in (client, server):
-                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                server.connect(("127.0.0.1", self.target))
             except OSError:
                 return
+            server = socket.socket()
+            # little room, so that what has not been forwarded is still with the server
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             self.connections += [client, server]
+            try:
+                server.connect(("127.0.0.1", self.target))
+                for each in (client, server):
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:
+                client.close()
+                server.close()
+                continue
             threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
             threading.Thread(target=self._harm, args=(server, client), daemon=True).start()
 
@@ -90,6 +97,8 @@ class HostileProxy:
                     sink.sendall(data[: self.cut_at - done])
                     break
                 if self.freeze_at is not None and done + len(data) > self.freeze_at:
+                    sink.sendall(data[: self.freeze_at - done])
+                    self.forwarded += self.freeze_at - done
                     self._closed.wait()
                     break
                 sink.sendall(data)

@@ -1,0 +1,1 @@
+"""The vLLM KV connector: selection, coding and transfer of KV caches between pods."""

@@ -1,0 +1,86 @@
+"""How a transfer is cut into chunks: groups of layers, and ranges of tokens where those would still be too large."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from kvserve_api.errors import WireError, WireReason
+from kvserve_api.wire import KVLayout
+
+MAX_CHUNK_BYTES: Final = 8 << 20
+"""Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
+TOKEN_STEP: Final = 128
+"""Cuts between tokens fall on multiples of this, so that coders with token groups lose nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What one blob of a transfer covers."""
+
+    layers: range
+    tokens: range
+
+    def to_json(self) -> list[int]:
+        """Return the four bounds."""
+        return [self.layers.start, self.layers.stop, self.tokens.start, self.tokens.stop]
+
+    def native_bytes(self, layout: KVLayout) -> int:
+        """Return the bytes of its KV, uncompressed."""
+        return layout.native_bytes(len(self.tokens)) // layout.layers * len(self.layers)
+
+
+def plan(layout: KVLayout, tokens: range, chunk_layers: int) -> tuple[Chunk, ...]:
+    """Cut a transfer into chunks of at most so many layers and ``MAX_CHUNK_BYTES``.
+
+    Token ranges are the outer loop, so that a coder sees long runs of tokens first.
+
+    Args:
+        layout: Form of the cache.
+        tokens: Which tokens are sent.
+        chunk_layers: Most layers in a chunk.
+    """
+    layer_bytes = layout.native_bytes(1) // layout.layers
+    most_tokens = max(TOKEN_STEP, MAX_CHUNK_BYTES // layer_bytes // TOKEN_STEP * TOKEN_STEP)
+    token_step = min(most_tokens, len(tokens))
+    fitting = max(1, MAX_CHUNK_BYTES // (layer_bytes * token_step))
+    layer_step = min(chunk_layers, fitting, layout.layers)
+    return tuple(
+        Chunk(
+            layers=range(layer, min(layer + layer_step, layout.layers)),
+            tokens=range(token, min(token + token_step, tokens.stop)),
+        )
+        for token in range(tokens.start, tokens.stop, token_step)
+        for layer in range(0, layout.layers, layer_step)
+    )
+
+
+def check_cover(chunks: Sequence[Chunk], layout: KVLayout, tokens: range) -> None:
+    """Check that a foreign plan covers every layer of every token exactly once, in bounded chunks.
+
+    Raises:
+        WireError: It doesn't.
+    """
+    area = 0
+    seen: set[tuple[int, int]] = set()
+    starts: dict[int, int] = {}
+    for chunk in chunks:
+        inside = chunk.layers.stop <= layout.layers and (
+            tokens.start <= chunk.tokens.start and chunk.tokens.stop <= tokens.stop
+        )
+        if (
+            not inside
+            or starts.setdefault(chunk.tokens.start, chunk.tokens.stop) != chunk.tokens.stop
+        ):
+            raise WireError(WireReason.RANGE_MISMATCH, "the plan leaves what was asked for")
+        divisible = len(chunk.layers) > 1 or len(chunk.tokens) > TOKEN_STEP
+        if divisible and chunk.native_bytes(layout) > MAX_CHUNK_BYTES:
+            raise WireError(WireReason.TOO_LARGE, "the plan has a chunk that is too large")
+        area += len(chunk.layers) * len(chunk.tokens)
+        seen.update((layer, chunk.tokens.start) for layer in chunk.layers)
+    # equal area and no (layer, token range) twice, on one grid of token ranges: nothing is missing or doubled
+    spans = sorted(starts.items())
+    joined = all(a[1] == b[0] for a, b in pairwise(spans))
+    whole = area == layout.layers * len(tokens) and len(seen) == layout.layers * len(spans)
+    if not (spans and joined and whole):
+        raise WireError(WireReason.RANGE_MISMATCH, "the plan does not cover what was asked for")

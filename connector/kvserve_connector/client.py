@@ -1,0 +1,349 @@
+"""The consumer's side of transfers: pulls a request's KV into the engine's cache, or says why not."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvserve_api.errors import (
+    KVServeError,
+    TransferError,
+    TransferReason,
+    WireError,
+    WireReason,
+)
+from kvserve_api.telemetry import (
+    ATTR_NATIVE_BYTES,
+    ATTR_PROFILE,
+    ATTR_TABLE_VERSION,
+    ATTR_WIRE_BYTES,
+    ATTR_WORKLOAD,
+    SPAN_DECODE,
+    SPAN_TRANSFER,
+    SPAN_WIRE,
+)
+from kvserve_connector import tracing
+from kvserve_connector.chunks import Chunk, check_cover
+from kvserve_connector.coding import ChunkCoder
+from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.engine import Engine
+from kvserve_connector.frames import FrameSocket
+from kvserve_connector.handover import Load
+from kvserve_connector.layout import PagedCache
+from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, pack_header
+from kvserve_connector.remote import Remote
+
+logger = logging.getLogger(__name__)
+
+MAX_PULLS: Final = 8
+"""Transfers under way at once; more wait their turn."""
+MAX_IDLE: Final = 16
+"""Connections kept open for the next transfer."""
+BEHIND: Final = 2
+"""Chunks that may wait to be decoded: then no more are received, and TCP holds the producer back."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """How one transfer went.
+
+    Attributes:
+        load: What was wanted.
+        accept: What the producer promised; None if it came to no promise.
+        end: What the producer said at its end.
+        native_bytes: Native KV bytes.
+        wire_bytes: Bytes received, headers included.
+        wire_s: Seconds in which bytes of chunks were arriving.
+        decode_s: Seconds of decoding and writing into the cache.
+        total_s: From the start to the last write.
+        failure: Empty, or the reason why the request must be recomputed.
+        detail: More about the failure, for people.
+    """
+
+    load: Load
+    accept: Accept | None = None
+    end: End | None = None
+    native_bytes: int = 0
+    wire_bytes: int = 0
+    wire_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    failure: str = ""
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class _Active:
+    """A transfer that may be cancelled."""
+
+    cancelled: bool = False
+    frames: FrameSocket | None = None
+    futures: list[Future[float]] = field(default_factory=list)
+
+
+class TransferClient:
+    """Pulls transfers in threads of its own.
+
+    When a transfer's outcome is reported, nothing of it will write into the cache any more.
+
+    Args:
+        config: The connector's settings.
+        engine: The engine's facts.
+        cache: The engine's KV cache.
+        stages: Ids of the stages that can be decoded here.
+        coders: Threads that decode and write the cache.
+        report: Takes each outcome, in a thread of the client's.
+    """
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        engine: Engine,
+        cache: PagedCache,
+        stages: frozenset[str],
+        coders: Executor,
+        report: Callable[[Outcome], None],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._cache = cache
+        self._stages = stages
+        self._coders = coders
+        self._report = report
+        self._coder = ChunkCoder(engine.fingerprint, engine.layout)
+        self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
+        self._lock = threading.Lock()
+        self._active: dict[str, _Active] = {}
+        self._idle: deque[tuple[str, int, FrameSocket]] = deque()
+
+    def start(self, load: Load) -> None:
+        """Begin a transfer."""
+        active = _Active()
+        with self._lock:
+            self._active[load.request_id] = active
+        deadline_s = time.monotonic() + self._config.timeout_s
+        self._pulls.submit(self._run, load, active, deadline_s)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a transfer soon; its outcome is still reported."""
+        with self._lock:
+            active = self._active.get(request_id)
+            if active is not None:
+                active.cancelled = True
+                if active.frames is not None:
+                    active.frames.interrupt()
+
+    def release(self, remote: Remote) -> None:
+        """Tell a producer that nobody will fetch a prefill; if that fails, its lease ends by itself."""
+        self._pulls.submit(self._release, remote)
+
+    def close(self) -> None:
+        """Stop everything."""
+        with self._lock:
+            for active in self._active.values():
+                active.cancelled = True
+                if active.frames is not None:
+                    active.frames.interrupt()
+        self._pulls.shutdown(wait=False, cancel_futures=True)
+        while self._idle:
+            self._idle.popleft()[2].close()
+
+    def _run(self, load: Load, active: _Active, deadline_s: float) -> None:
+        outcome = Outcome(
+            load=load, native_bytes=self._engine.layout.native_bytes(len(load.tokens))
+        )
+        started_s = time.monotonic()
+        try:
+            with tracing.span(SPAN_TRANSFER, load.remote.traceparent) as span:
+                try:
+                    self._pull(load, active, outcome, deadline_s)
+                finally:
+                    span.set_attribute(ATTR_WORKLOAD, load.workload)
+                    span.set_attribute(ATTR_NATIVE_BYTES, outcome.native_bytes)
+                    span.set_attribute(ATTR_WIRE_BYTES, outcome.wire_bytes)
+                    if outcome.accept is not None:
+                        span.set_attribute(ATTR_PROFILE, outcome.accept.profile)
+                        span.set_attribute(ATTR_TABLE_VERSION, str(outcome.accept.version))
+        except KVServeError as error:
+            outcome.failure, outcome.detail = error.reason, str(error)
+        except MemoryError as error:
+            outcome.failure, outcome.detail = TransferReason.OUT_OF_MEMORY, str(error)
+        except Exception as error:
+            # whatever it was, the request must not wait for ever: it is recomputed
+            logger.exception("transfer of %s failed", load.request_id)
+            outcome.failure, outcome.detail = KVServeError.reason, str(error)
+        if outcome.failure and active.cancelled:
+            outcome.failure = TransferReason.CANCELLED
+        outcome.total_s = time.monotonic() - started_s
+        with self._lock:
+            self._active.pop(load.request_id, None)
+        self._report(outcome)
+
+    def _pull(self, load: Load, active: _Active, outcome: Outcome, deadline_s: float) -> None:
+        frames, accept = self._ask(load, active, deadline_s)
+        outcome.accept = accept
+        received_before = frames.received_bytes
+        try:
+            check_cover(accept.chunks, self._engine.layout, load.tokens)
+            self._receive(frames, load, accept, active, outcome)
+            outcome.end = End.parse(self._message(frames, Kind.END))
+            frames.send(pack_header(Kind.DONE, 0))
+            outcome.wire_bytes = frames.received_bytes - received_before
+            self._finish(active, outcome)
+        except BaseException:
+            outcome.wire_bytes = frames.received_bytes - received_before
+            frames.close()
+            raise
+        finally:
+            # before the outcome is known to anyone, every write into the cache has ended
+            for future in active.futures:
+                if not future.cancel():
+                    future.exception()
+            with self._lock:
+                active.frames = None
+        self._keep(load.remote, frames)
+
+    def _ask(self, load: Load, active: _Active, deadline_s: float) -> tuple[FrameSocket, Accept]:
+        """Ask for the KV and return the promise; a kept connection that turns out dead is replaced once."""
+        remote = load.remote
+        kept = self._take(remote)
+        while True:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TransferError(TransferReason.TIMEOUT, "waited too long for its turn")
+            frames = kept or FrameSocket.connect(
+                remote.host, remote.port, timeout_s=left_s, stall_s=self._config.stall_s
+            )
+            with self._lock:
+                active.frames = frames
+                cancelled = active.cancelled
+            received_before = frames.received_bytes
+            if cancelled:
+                frames.interrupt()
+            try:
+                frames.set_budget(left_s)
+                frames.send(self._wish(load, left_s).pack())
+                return frames, Accept.parse(self._message(frames, Kind.ACCEPT))
+            except TransferError as error:
+                frames.close()
+                stale = kept is not None and frames.received_bytes == received_before
+                if not (stale and error.reason == TransferReason.PEER_LOST) or active.cancelled:
+                    raise
+                kept = None
+            except BaseException:
+                frames.close()
+                raise
+
+    def _wish(self, load: Load, left_s: float) -> Pull:
+        return Pull(
+            engine_id=load.remote.engine_id,
+            request_id=load.remote.request_id,
+            tokens=load.tokens,
+            prompt_digest=load.prompt_digest,
+            fingerprint=self._engine.fingerprint,
+            layout=self._engine.layout,
+            stages=self._stages,
+            budget_s=left_s,
+            traceparent=tracing.traceparent(),
+        )
+
+    def _message(self, frames: FrameSocket, kind: Kind) -> bytes:
+        """Receive a control message of one kind; a refusal in its place is raised."""
+        header = frames.receive_header()
+        if header.kind not in (kind, Kind.REFUSE):
+            raise WireError(WireReason.MALFORMED, f"expected {kind.name}, got {header.kind.name}")
+        body = frames.receive_body(header)
+        if header.kind == Kind.REFUSE:
+            refuse = Refuse.parse(body)
+            raise TransferError(TransferReason.PEER_REFUSED, f"{refuse.reason}: {refuse.detail}")
+        return body
+
+    def _receive(
+        self,
+        frames: FrameSocket,
+        load: Load,
+        accept: Accept,
+        active: _Active,
+        outcome: Outcome,
+    ) -> None:
+        """Receive all chunks, decoding each while the next ones arrive."""
+        started_ns = time.time_ns()
+        for chunk in accept.chunks:
+            header = frames.receive_header()
+            if header.kind == Kind.REFUSE:
+                refuse = Refuse.parse(frames.receive_body(header))
+                raise TransferError(
+                    TransferReason.PEER_REFUSED, f"{refuse.reason}: {refuse.detail}"
+                )
+            if header.kind != Kind.CHUNK:
+                raise WireError(WireReason.MALFORMED, f"expected CHUNK, got {header.kind.name}")
+            if header.length > self._coder.max_bytes(chunk):
+                raise WireError(WireReason.TOO_LARGE, f"a chunk of {header.length} bytes")
+            start_s = time.perf_counter()
+            blob = bytearray(header.length)
+            frames.receive_into(memoryview(blob))
+            outcome.wire_s += time.perf_counter() - start_s
+            active.futures.append(self._coders.submit(self._decode, blob, chunk, load))
+            if len(active.futures) >= BEHIND:
+                outcome.decode_s += active.futures.pop(0).result()
+        tracing.past_span(
+            SPAN_WIRE,
+            tracing.traceparent(),
+            started_ns,
+            time.time_ns(),
+            {ATTR_PROFILE: accept.profile},
+        )
+
+    def _finish(self, active: _Active, outcome: Outcome) -> None:
+        """Wait for the chunks that are still being decoded."""
+        while active.futures:
+            outcome.decode_s += active.futures.pop(0).result()
+        now_ns = time.time_ns()
+        tracing.past_span(
+            SPAN_DECODE,
+            tracing.traceparent(),
+            now_ns - int(outcome.decode_s * 1e9),
+            now_ns,
+            {ATTR_NATIVE_BYTES: outcome.native_bytes},
+        )
+
+    def _decode(self, blob: bytearray, chunk: Chunk, load: Load) -> float:
+        start_s = time.perf_counter()
+        keys, values = self._coder.decode(blob, chunk)
+        self._cache.write(chunk.layers, chunk.tokens, load.block_ids, keys, values)
+        return time.perf_counter() - start_s
+
+    def _release(self, remote: Remote) -> None:
+        with suppress(KVServeError):
+            frames = self._take(remote) or FrameSocket.connect(
+                remote.host,
+                remote.port,
+                timeout_s=self._config.stall_s,
+                stall_s=self._config.stall_s,
+            )
+            frames.set_budget(self._config.stall_s)
+            message = Release(engine_id=remote.engine_id, request_id=remote.request_id)
+            frames.send(message.pack())
+            self._keep(remote, frames)
+
+    def _take(self, remote: Remote) -> FrameSocket | None:
+        """Return a kept connection to the producer."""
+        with self._lock:
+            for entry in reversed(self._idle):
+                if entry[:2] == (remote.host, remote.port):
+                    self._idle.remove(entry)
+                    return entry[2]
+        return None
+
+    def _keep(self, remote: Remote, frames: FrameSocket) -> None:
+        """Keep a connection for the next transfer."""
+        with self._lock:
+            self._idle.append((remote.host, remote.port, frames))
+            dropped = self._idle.popleft()[2] if len(self._idle) > MAX_IDLE else None
+        if dropped is not None:
+            dropped.close()

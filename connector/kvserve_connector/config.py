@@ -1,0 +1,127 @@
+"""What a pod's connector is told: vLLM's ``kv_connector_extra_config``, the environment and the pod's labels."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from kvserve_api.errors import SpecError
+from kvserve_api.fields import Fields
+
+PATH = "kv_connector_extra_config"
+DEFAULT_PORT = 7790
+MAX_LABELS_BYTES = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectorConfig:
+    """The connector's settings, the same for both of its halves.
+
+    Attributes:
+        control_endpoint: ``host:port`` of the controller; None to run without one, which sends everything raw.
+        policy: ``namespace/name`` of the policy to follow; None lets the pod's labels decide.
+        listen_host: Address that a producer's transfer server binds.
+        listen_port: Its port; 0 takes any free one.
+        advertise_host: Address that consumers use to reach this producer.
+        lease_s: How long a producer keeps a finished prefill's blocks for its consumer, in seconds.
+        timeout_s: Most seconds a transfer may take; then the request is recomputed.
+        stall_s: Most seconds without a single byte; then the peer counts as lost.
+        chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
+        codec_threads: Threads that encode and decode, next to the engine's own.
+        pod: This pod's name.
+        namespace: Its namespace.
+        labels: Its labels.
+
+    Raises:
+        SpecError: A setting is out of range or unknown.
+    """
+
+    control_endpoint: str | None = None
+    policy: str | None = None
+    listen_host: str = "0.0.0.0"
+    listen_port: int = DEFAULT_PORT
+    advertise_host: str = "127.0.0.1"
+    lease_s: float = 30.0
+    timeout_s: float = 30.0
+    stall_s: float = 10.0
+    chunk_layers: int = 5
+    codec_threads: int = 1
+    pod: str = "pod"
+    namespace: str = "default"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.control_endpoint is not None:
+            _check_endpoint(self.control_endpoint)
+        if self.policy is not None and self.policy.count("/") != 1:
+            raise SpecError(f"{PATH}.policy", f"must be namespace/name, got {self.policy!r}")
+        if self.stall_s > self.timeout_s:
+            raise SpecError(f"{PATH}.stall_s", "must not be above timeout_s")
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any], env: Mapping[str, str], host_ip: str) -> Self:
+        """Read the settings.
+
+        Args:
+            extra: vLLM's ``kv_connector_extra_config``.
+            env: The process environment; ``POD_NAME``, ``POD_NAMESPACE`` and ``POD_IP`` are used, as the downward API
+                sets them.
+            host_ip: The address to advertise where neither the settings nor ``POD_IP`` name one.
+
+        Raises:
+            SpecError: A setting is unknown, of the wrong type or out of range; or the labels file can't be read.
+        """
+        fields = Fields(extra, PATH)
+        labels_file = fields.string("labels_file", None, max_length=4096)
+        config = cls(
+            control_endpoint=fields.string("control_endpoint", None, max_length=512),
+            policy=fields.string("policy", None, max_length=320),
+            listen_host=fields.string("listen_host", "0.0.0.0", max_length=255),
+            listen_port=fields.integer("listen_port", DEFAULT_PORT, minimum=0, maximum=65_535),
+            advertise_host=fields.string("advertise_host", None, max_length=255)
+            or env.get("POD_IP")
+            or host_ip,
+            lease_s=fields.number("lease_s", 30.0, minimum=0.1, maximum=3600),
+            timeout_s=fields.number("timeout_s", 30.0, minimum=0.1, maximum=3600),
+            stall_s=fields.number("stall_s", 10.0, minimum=0.1, maximum=3600),
+            chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
+            codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),
+            pod=fields.string("pod", None, max_length=253) or env.get("POD_NAME") or os.uname()[1],
+            namespace=fields.string("namespace", None, max_length=63)
+            or env.get("POD_NAMESPACE")
+            or "default",
+            labels=read_labels(Path(labels_file)) if labels_file else {},
+        )
+        fields.done()
+        return config
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Read a labels file as the downward API writes it: a line ``key="value"`` for each label.
+
+    Raises:
+        SpecError: The file is missing, too large, or has a line of another form.
+    """
+    where = f"{PATH}.labels_file"
+    try:
+        if path.stat().st_size > MAX_LABELS_BYTES:
+            raise SpecError(where, f"{path} has more than {MAX_LABELS_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(where, f"can't be read: {error}") from error
+    labels: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        key, equals, value = line.partition("=")
+        if not equals or len(value) < 2 or value[0] != '"' or value[-1] != '"':
+            raise SpecError(where, f'must hold lines like key="value", got {line[:80]!r}')
+        labels[key] = value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    return labels
+
+
+def _check_endpoint(endpoint: str) -> None:
+    host, colon, port = endpoint.rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65_536):
+        raise SpecError(f"{PATH}.control_endpoint", f"must be host:port, got {endpoint!r}")

@@ -1,0 +1,222 @@
+"""KVServe's KV connector for vLLM: compressed prefill/decode hand-over.
+
+Name it in ``--kv-transfer-config``: ``"kv_connector": "KVServeConnector"``, ``"kv_connector_module_path":
+"kvserve_connector.connector"``. vLLM makes one instance in its scheduler and one in its worker; each delegates to its
+half.
+"""
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.utils.network_utils import get_ip
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvserve_api import otel
+from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.engine import inspect
+from kvserve_connector.metadata import ServerAddress, StepMetadata
+from kvserve_connector.scheduler import SchedulerHalf
+from kvserve_connector.stats import PromMetrics, Stats
+from kvserve_connector.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+_PACKAGE = "kvserve_connector"
+
+
+class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """What vLLM sees; see the base class for the meaning and order of the calls.
+
+    Raises:
+        SpecError: ``kv_connector_extra_config`` is wrong; the error names the key.
+        UnsupportedError: The model or its parallel layout can't be transferred.
+    """
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        role: KVConnectorRole,
+        kv_cache_config: "KVCacheConfig",
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _join_log()
+        transfer = self._kv_transfer_config
+        config = ConnectorConfig.read(transfer.kv_connector_extra_config, os.environ, get_ip())
+        engine = inspect(vllm_config, kv_cache_config)
+        roles = {
+            "is_producer": transfer.is_kv_producer,
+            "is_consumer": transfer.is_kv_consumer,
+        }
+        if transfer.is_kv_consumer and transfer.kv_load_failure_policy != "recompute":
+            logger.warning(
+                'kv_load_failure_policy is "fail": a transfer that does not arrive fails its request;'
+                ' set it to "recompute" to compute it here instead'
+            )
+        self._close_telemetry = otel.configure(f"kvserve-{transfer.kv_role}")
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(engine, **roles)
+        else:
+            self._worker = WorkerHalf(config, engine, **roles)
+
+    # The scheduler's half.
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Learn where the worker's transfer server listens."""
+        address = metadata.get(0)
+        if isinstance(address, ServerAddress):
+            self._half_of_scheduler.set_address(address)
+
+    def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
+        """Return all transferred groups: a request's own blocks are fetched."""
+        ids: tuple[int, ...] = self._kv_cache_config.transfer_group_ids
+        return ids
+
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Offer the whole prompt where a prefill elsewhere holds it; always asynchronously."""
+        return self._half_of_scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        """Plan the fetch into the blocks that were allocated for it."""
+        self._half_of_scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        """Return this step's news for the worker."""
+        return self._half_of_scheduler.take_step()
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        """Take note of fetches that ended."""
+        self._half_of_scheduler.received(set(connector_output.finished_recving or ()))
+
+    def request_finished(
+        self, request: "Request", block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Keep a prefill's blocks for its consumer, and say in the answer where they are."""
+        return self._half_of_scheduler.finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See `request_finished`."""
+        return self._half_of_scheduler.finished(request, block_ids)
+
+    # The worker's half.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Open the cache and begin to serve."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        self._half_of_worker.open(kv_caches, layers)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """Return where the transfer server listens; None without one."""
+        return self._half_of_worker.address
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Start what the step brings, before its forward pass: on a CPU that can take seconds."""
+        super().bind_connector_metadata(connector_metadata)
+        if isinstance(connector_metadata, StepMetadata):
+            self._half_of_worker.take(connector_metadata)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        """Do nothing: loads are under way since the metadata came."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Do nothing: a request runs when all its layers are there."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: "AttentionMetadata",
+        **kwargs: Any,
+    ) -> None:
+        """Do nothing: a prefill is read from its blocks when it has finished."""
+
+    def wait_for_save(self) -> None:
+        """Do nothing, for the same reason."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Return which requests were sent, were received, or must be recomputed."""
+        return self._half_of_worker.results()
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Return what the worker counted since the last step."""
+        totals = {} if self._worker is None else self._worker.take_totals()
+        return Stats(data=totals) if totals else None
+
+    def shutdown(self) -> None:
+        """End what runs in threads."""
+        if self._worker is not None:
+            self._worker.close()
+        self._close_telemetry()
+
+    # Of the class, for the front end.
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        """Return statistics from their plain form."""
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """Return the counters of vLLM's Prometheus page."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @property
+    def _half_of_scheduler(self) -> SchedulerHalf:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def _half_of_worker(self) -> WorkerHalf:
+        assert self._worker is not None
+        return self._worker
+
+
+def _join_log() -> None:
+    """Let our messages appear where vLLM's do, at the same level; left alone if someone has set ours up."""
+    ours, theirs = logging.getLogger(_PACKAGE), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = theirs.propagate

@@ -1,0 +1,252 @@
+"""The pod's end of the control channel: takes decision tables, answers them, and reports transfers.
+
+It runs in a thread of its own, and nothing in a request's path waits for it: without a controller the last table holds,
+without a table everything is sent raw.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+
+from kvserve_api.errors import KVServeError
+from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.rpc import control_pb2_grpc
+from kvserve_api.rpc.messages import (
+    MAX_MESSAGE_BYTES,
+    table_from_push,
+    version_from_message,
+    version_to_message,
+)
+from kvserve_api.table import Role
+from kvserve_connector.client import Outcome
+from kvserve_connector.coding import known_stages
+from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.selector import ReadyTable, Selector
+
+logger = logging.getLogger(__name__)
+
+STALE_VERSION: Final = "StaleVersion"
+MAX_REPORTS: Final = 1000
+"""Reports kept for a controller that is not there; then the oldest go."""
+REPORT_EVERY_S: Final = 1.0
+FIRST_BACKOFF_S: Final = 0.2
+LAST_BACKOFF_S: Final = 5.0
+HEALTHY_S: Final = 10.0
+"""A stream that lived as long starts the backoff anew."""
+Call = grpc.aio.StreamStreamCall[pb.PodMessage, pb.ControllerMessage]
+_OPTIONS: Final = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # a frozen controller must be noticed, or its successor would not be looked for
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own waiting would hide ours
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What a pod says of itself in its Hello."""
+
+    role: Role
+    fingerprint: str
+    version: str
+
+
+class ControlClient:
+    """Keeps one stream to the controller open, for as long as the engine lives.
+
+    Args:
+        config: The connector's settings; without a ``control_endpoint`` this client does nothing.
+        identity: What to say in the Hello.
+        selector: Where tables are put in force.
+        dropped: Takes the number of reports that found no room.
+        warm_up: Makes a new table's pipelines fast before it is acknowledged.
+    """
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        identity: Identity,
+        selector: Selector,
+        dropped: Callable[[int], None],
+        warm_up: Callable[[ReadyTable], None],
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._selector = selector
+        self._dropped = dropped
+        self._warm_up = warm_up
+        self._reports: deque[pb.TransferReport] = deque(maxlen=MAX_REPORTS)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._main, name="kvserve-control", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        if self._config.control_endpoint is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the stream and the thread."""
+        if self._thread.is_alive() and self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout=5)
+
+    def report(self, outcome: Outcome) -> None:
+        """Queue a transfer's report; never waits, the oldest makes room."""
+        if self._config.control_endpoint is None:
+            return
+        if len(self._reports) == MAX_REPORTS:
+            self._dropped(1)
+        self._reports.append(_report(outcome))
+
+    def _main(self) -> None:
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        assert self._config.control_endpoint is not None
+        self._loop = loop = asyncio.get_running_loop()
+        backoff_s = FIRST_BACKOFF_S
+        while not self._stop.is_set():
+            started_s = loop.time()
+            try:
+                async with grpc.aio.insecure_channel(
+                    self._config.control_endpoint, options=_OPTIONS
+                ) as channel:
+                    await self._session(channel)
+            except grpc.aio.AioRpcError as error:
+                logger.info("control channel ended: %s %s", error.code().name, error.details())
+            except Exception:
+                logger.exception("control channel failed")
+            if loop.time() - started_s > HEALTHY_S:
+                backoff_s = FIRST_BACKOFF_S
+            with contextlib.suppress(TimeoutError):
+                # jitter only: which pod comes first after a controller's restart must differ
+                await asyncio.wait_for(self._stop.wait(), backoff_s * random.uniform(0.5, 1.5))
+            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+
+    async def _session(self, channel: grpc.aio.Channel) -> None:
+        """Hold one stream until it ends."""
+        answers: asyncio.Queue[pb.PodMessage] = asyncio.Queue(maxsize=16)
+        stub = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
+        call: Call = stub.Connect(self._outgoing(answers))
+        stop = asyncio.ensure_future(self._stop.wait())
+        reader = asyncio.ensure_future(self._read(call, answers))
+        try:
+            await asyncio.wait({stop, reader}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                await reader
+        finally:
+            call.cancel()
+            for task in (stop, reader):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                    await task
+
+    async def _outgoing(
+        self, answers: "asyncio.Queue[pb.PodMessage]"
+    ) -> AsyncIterator[pb.PodMessage]:
+        """Yield the Hello, then answers as they come and reports once in a while."""
+        yield pb.PodMessage(hello=self._hello())
+        while True:
+            try:
+                yield await asyncio.wait_for(answers.get(), REPORT_EVERY_S)
+            except TimeoutError:
+                if self._reports:
+                    batch = [self._reports.popleft() for _ in range(len(self._reports))]
+                    yield pb.PodMessage(reports=pb.TransferReports(reports=batch))
+
+    async def _read(self, call: Call, answers: "asyncio.Queue[pb.PodMessage]") -> None:
+        async for message in call:
+            match message.WhichOneof("body"):
+                case "push":
+                    # building may compile code; meanwhile the stream stays alive
+                    answer = await asyncio.to_thread(self._apply, message.push)
+                    await answers.put(answer)
+                case "heartbeat":
+                    self._selector.renew(version_from_message(message.heartbeat.version))
+                case "release":
+                    logger.info("no policy applies to this pod: %s", message.release.reason)
+                    self._selector.drop()
+                case _:
+                    pass
+
+    def _apply(self, push: pb.Push) -> pb.PodMessage:
+        """Put a pushed table in force, and return the answer to it."""
+        version = version_from_message(push.version)
+        current = self._selector.table
+        if current is not None and version < current.version:
+            return _nack(push, STALE_VERSION, f"version {current.version} is in force")
+        try:
+            ready = ReadyTable.of(table_from_push(push))
+            self._warm_up(ready)
+        except KVServeError as error:
+            logger.warning("table %s refused: %s", version, error)
+            return _nack(push, error.reason, str(error))
+        except Exception as error:
+            # a table that this pod stumbles over must be refused, not leave the controller waiting
+            logger.exception("table %s refused", version)
+            return _nack(push, KVServeError.reason, str(error))
+        self._selector.install(ready)
+        logger.info("table %s of policy %s is in force", version, ready.table.policy)
+        return pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce))
+
+    def _hello(self) -> pb.Hello:
+        table = self._selector.table
+        return pb.Hello(
+            pod=self._config.pod,
+            namespace=self._config.namespace,
+            role=self._identity.role.value,
+            policy=self._config.policy or "",
+            labels=dict(self._config.labels),
+            model_fingerprint=self._identity.fingerprint,
+            connector_version=self._identity.version,
+            version=None if table is None else version_to_message(table.version),
+            stages=sorted(known_stages()),
+        )
+
+
+def _nack(push: pb.Push, reason: str, detail: str) -> pb.PodMessage:
+    return pb.PodMessage(
+        nack=pb.Nack(version=push.version, nonce=push.nonce, reason=reason, detail=detail[:1024])
+    )
+
+
+def _report(outcome: Outcome) -> pb.TransferReport:
+    """Translate a transfer's outcome."""
+    accept, end = outcome.accept, outcome.end
+    report = pb.TransferReport(
+        workload=outcome.load.workload,
+        native_bytes=outcome.native_bytes,
+        wire_bytes=outcome.wire_bytes,
+        wire_s=outcome.wire_s,
+        decode_s=outcome.decode_s,
+        total_s=outcome.total_s,
+        failure=outcome.failure,
+    )
+    if accept is not None:
+        report.profile = accept.profile
+        report.wanted = accept.wanted
+        report.bound = accept.bound
+        report.producer = accept.pod
+        report.predicted_s = accept.predicted_s
+        report.model_s = accept.model_s
+        if accept.version is not None:
+            report.version.CopyFrom(version_to_message(accept.version))
+    if end is not None:
+        report.encode_s = end.encode_s
+        report.goodput_bytes_per_s = end.goodput_bytes_per_s
+    return report

@@ -1,0 +1,66 @@
+"""What is handed over: a prefill that is kept, and a fetch of it."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvserve_connector.remote import Remote
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """A finished prefill whose blocks are kept for its consumer.
+
+    Attributes:
+        request_id: The request's name in this engine.
+        tokens: Tokens whose KV is there.
+        prompt_digest: See `prompt_digest`.
+        block_ids: The request's blocks, in order.
+        workload: Its workload class.
+        model_s: Seconds from its arrival to the end of its prefill.
+    """
+
+    request_id: str
+    tokens: int
+    prompt_digest: str
+    block_ids: tuple[int, ...]
+    workload: str
+    model_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """KV to fetch from another engine.
+
+    Attributes:
+        request_id: The request's name in this engine.
+        remote: Where its KV is.
+        tokens: Which tokens are wanted; those before are here already.
+        prompt_digest: See `prompt_digest`.
+        block_ids: The request's blocks here, from its first token on.
+        workload: Its workload class.
+    """
+
+    request_id: str
+    remote: Remote
+    tokens: range
+    prompt_digest: str
+    block_ids: tuple[int, ...]
+    workload: str
+
+
+def prompt_digest(token_ids: Sequence[int], extras: Iterable[str] = ()) -> str:
+    """Return the identity of what a prompt's KV was computed from.
+
+    Both ends compare it, so that a router that mixes up two requests can't lead to another prompt's KV.
+
+    Args:
+        token_ids: The prompt.
+        extras: What else decides the KV: adapter names, hashes of images, in order.
+    """
+    digest = hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=16)
+    for extra in extras:
+        digest.update(b"\0" + extra.encode())
+    return digest.hexdigest()

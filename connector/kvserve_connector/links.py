@@ -1,0 +1,212 @@
+"""What a producer knows of the way to each of its consumers: goodput, bytes ahead, round trip.
+
+Goodput comes from the kernel's own account of a connection (``TCP_INFO``): bytes acknowledged over the time in which
+something was waiting to be. Unlike clocks around ``send``, that is not fooled by socket buffers, pauses of an encoder
+or a process that had to wait for its core.
+"""
+
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Self
+
+from kvserve_api.latency import Link
+
+SAMPLE_BYTES: Final = 1 << 20
+"""Within a transfer, a sample is complete with this many acknowledged bytes, or after `SAMPLE_S` of busy time."""
+SAMPLE_S: Final = 0.05
+TICKS_S: Final = 0.01
+"""The kernel counts busy time in ticks of some milliseconds: less than this says nothing."""
+BURST_BYTES: Final = 128 << 10
+"""What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
+FALL: Final = 0.7
+"""Weight of a sample below the estimate: a drop is believed almost at once, because every transfer suffers by it."""
+RISE: Final = 0.5
+"""Weight of a sample above it: two transfers after a recovery three quarters of the way are made."""
+MIN_BYTES_PER_S: Final = 1e3
+MAX_BYTES_PER_S: Final = 1e12
+MAX_LINKS: Final = 256
+
+_TCP_INFO: Final = 11
+# offsets in struct tcp_info of linux/tcp.h, which only ever grows at its end
+_BYTES_ACKED: Final = struct.Struct("<Q")
+_BYTES_ACKED_AT: Final = 120
+_MIN_RTT: Final = struct.Struct("<I")
+_MIN_RTT_AT: Final = 148
+_RATE_BUSY_RWND: Final = struct.Struct("<3Q")
+_RATE_AT: Final = 160
+_INFO_BYTES: Final = 192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TcpProgress:
+    """The kernel's account of what one connection has sent.
+
+    Attributes:
+        acked_bytes: Bytes the other side has acknowledged.
+        busy_s: Seconds in which data was on its way or waiting for the link; waiting for a slow reader not counted.
+        delivery_bytes_per_s: The kernel's own latest estimate.
+        min_rtt_s: Least round trip, in seconds.
+    """
+
+    acked_bytes: int
+    busy_s: float
+    delivery_bytes_per_s: float
+    min_rtt_s: float
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Self | None:
+        """Read it; None where the kernel keeps no such account."""
+        if sys.platform != "linux":
+            return None
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_BYTES)
+        except OSError:
+            return None
+        if len(info) < _RATE_AT + _RATE_BUSY_RWND.size:
+            return None
+        rate, busy_us, reader_us = _RATE_BUSY_RWND.unpack_from(info, _RATE_AT)
+        (min_rtt_us,) = _MIN_RTT.unpack_from(info, _MIN_RTT_AT)
+        return cls(
+            acked_bytes=_BYTES_ACKED.unpack_from(info, _BYTES_ACKED_AT)[0],
+            busy_s=max(0, busy_us - reader_us) / 1e6,
+            delivery_bytes_per_s=float(rate),
+            # a connection that has measured none holds the largest value
+            min_rtt_s=0.0 if min_rtt_us == 0xFFFFFFFF else min_rtt_us / 1e6,
+        )
+
+
+def blend(
+    estimate: float | None, acked_bytes: float, burst_bytes: float, busy_s: float
+) -> float | None:
+    """Return the new estimate of a goodput after one sample, in bytes a second; None if still nothing is known.
+
+    A link is slower than thought if even all bytes, bursts included, came slower; it is faster than thought only if
+    the bytes beyond the bursts came faster.
+
+    Args:
+        estimate: What was thought.
+        acked_bytes: Bytes of the sample.
+        burst_bytes: How many of them may have been bursts.
+        busy_s: Seconds they took.
+    """
+    if not busy_s > 0:
+        return estimate
+    whole = acked_bytes / busy_s
+    steady = max(0.0, acked_bytes - burst_bytes) / busy_s
+    if estimate is None:
+        moved = steady or whole
+    elif whole < estimate:
+        moved = estimate + FALL * (whole - estimate)
+    elif steady > estimate:
+        moved = estimate + RISE * (steady - estimate)
+    else:
+        return estimate
+    return min(max(moved, MIN_BYTES_PER_S), MAX_BYTES_PER_S)
+
+
+class LinkState:
+    """One link; safe to use from any thread, no lock is held across I/O.
+
+    Several connections may share a link. Their bytes are added up, and so is their busy time, but no more than really
+    passed: two that wait for the link together do not make it look half as fast.
+
+    Args:
+        now_s: A clock that never goes back.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._bytes_per_s: float | None = None
+        self._backlog_bytes = 0.0
+        self._rtt_s = 0.0
+        self._accounts: dict[socket.socket, TcpProgress] = {}
+        self._acked_bytes = 0
+        self._burst_bytes = 0
+        self._busy_s = 0.0
+        self._since_s = now_s()
+
+    def snapshot(self, prior_bytes_per_s: float) -> Link:
+        """Return what is known now; the prior stands for a goodput that was never measured."""
+        with self._lock:
+            return Link(
+                bytes_per_s=self._bytes_per_s or prior_bytes_per_s,
+                backlog_bytes=max(0.0, self._backlog_bytes),
+                rtt_s=self._rtt_s,
+            )
+
+    def queue(self, wire_bytes: float) -> None:
+        """Take note of bytes that were promised (positive) or that left the queue (negative)."""
+        with self._lock:
+            self._backlog_bytes += wire_bytes
+
+    def attach(self, connection: socket.socket) -> None:
+        """Start to follow a connection that will send on this link."""
+        progress = TcpProgress.of(connection)
+        with self._lock:
+            if progress is not None:
+                self._accounts[connection] = progress
+
+    def detach(self, connection: socket.socket) -> None:
+        """Take a last look at a connection and forget it."""
+        self._look(connection, final=True)
+        with self._lock:
+            self._accounts.pop(connection, None)
+
+    def sample(self, connection: socket.socket) -> None:
+        """Look at a connection's account; what is too little for a sample waits for more."""
+        self._look(connection, final=False)
+
+    def _look(self, connection: socket.socket, *, final: bool) -> None:
+        with self._lock:
+            # all at once, or the bytes of one would be held against the time of another
+            for each, last in self._accounts.items():
+                seen = TcpProgress.of(each)
+                if seen is None:
+                    continue
+                self._accounts[each] = seen
+                acked = seen.acked_bytes - last.acked_bytes
+                self._acked_bytes += acked
+                self._burst_bytes += min(acked, BURST_BYTES)
+                self._busy_s += max(0.0, seen.busy_s - last.busy_s)
+            now = self._accounts.get(connection)
+            if now is None:
+                return
+            self._rtt_s = now.min_rtt_s
+            time_s = self._now_s()
+            busy_s = min(self._busy_s, time_s - self._since_s)
+            enough = BURST_BYTES if final else SAMPLE_BYTES
+            complete = self._acked_bytes >= enough or busy_s >= SAMPLE_S
+            if busy_s < TICKS_S:
+                # too fast for the kernel's ticks: its own estimate serves, once there is enough to have one
+                complete = self._acked_bytes >= 8 * SAMPLE_BYTES and now.delivery_bytes_per_s > 0
+                busy_s = self._acked_bytes / max(now.delivery_bytes_per_s, MIN_BYTES_PER_S)
+            if complete:
+                self._bytes_per_s = blend(
+                    self._bytes_per_s, self._acked_bytes, self._burst_bytes, busy_s
+                )
+                self._acked_bytes, self._burst_bytes, self._busy_s = 0, 0, 0.0
+                self._since_s = time_s
+
+
+class LinkBook:
+    """The links to all consumers, by address; the least recently used are forgotten."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._links: OrderedDict[str, LinkState] = OrderedDict()
+
+    def link(self, peer: str) -> LinkState:
+        """Return the link to a peer."""
+        with self._lock:
+            state = self._links.setdefault(peer, LinkState())
+            self._links.move_to_end(peer)
+            while len(self._links) > MAX_LINKS:
+                self._links.popitem(last=False)
+            return state

@@ -1,0 +1,36 @@
+"""What the scheduler half and the worker half tell each other; they live in different processes."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+from kvserve_connector.handover import Lease, Load
+from kvserve_connector.remote import Remote
+
+
+@dataclass(kw_only=True, slots=True)
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """The news of one engine step.
+
+    Attributes:
+        leases: Prefills that finished.
+        loads: Fetches to start.
+        releases: Prefills elsewhere that nobody will fetch.
+        cancelled: Fetches to stop, because their request was aborted.
+    """
+
+    leases: list[Lease] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    releases: list[Remote] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerAddress(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Where the worker half's transfer server listens; the scheduler half hands it out."""
+
+    host: str
+    port: int

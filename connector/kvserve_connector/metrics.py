@@ -1,0 +1,145 @@
+"""What the connector counts, over OpenTelemetry and as plain totals for vLLM's own pages."""
+
+import threading
+from collections.abc import Iterable
+from typing import Any, Final
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from kvserve_api.otel import counter, histogram
+from kvserve_api.selection import Selection
+from kvserve_api.telemetry import (
+    ATTR_BOUND,
+    ATTR_DIRECTION,
+    ATTR_PROFILE,
+    ATTR_REASON,
+    ATTR_STAGE,
+    LEASES,
+    REPORTS_DROPPED,
+    SELECTIONS,
+    TABLE_AGE,
+    TRANSFER_FAILURES,
+    TRANSFER_NATIVE_BYTES,
+    TRANSFER_STAGE_DURATION,
+    TRANSFER_WIRE_BYTES,
+)
+from kvserve_connector.client import Outcome
+from kvserve_connector.selector import Selector
+
+ROW: Final = (
+    "transfers",
+    "native_bytes",
+    "wire_bytes",
+    "encode_s",
+    "wire_s",
+    "decode_s",
+    "total_s",
+)
+"""What is summed for each direction and profile, in this order."""
+
+Data = dict[str, dict[str, Any]]
+"""Totals as plain JSON: ``{"rows": {"direction profile": [as ROW]}, "failures": {"direction reason": count},
+"leases": {how it ended: count}}``."""
+
+
+def add_count(data: Data, kind: str, key: str, count: int = 1) -> None:
+    """Add to the failures or the leases of totals."""
+    counts = data.setdefault(kind, {})
+    counts[key] = counts.get(key, 0) + count
+
+
+def add_row(data: Data, key: str, row: list[float]) -> None:
+    """Add to the row of one direction and profile."""
+    rows = data.setdefault("rows", {})
+    rows[key] = [a + b for a, b in zip(rows.get(key, [0] * len(row)), row, strict=True)]
+
+
+class Metrics:
+    """Counts what happens in one worker; safe from any thread.
+
+    Args:
+        selector: Whose table's age is shown.
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        meter = metrics.get_meter("kvserve.connector")
+        self._native = counter(meter, TRANSFER_NATIVE_BYTES)
+        self._wire = counter(meter, TRANSFER_WIRE_BYTES)
+        self._stages = histogram(meter, TRANSFER_STAGE_DURATION)
+        self._failures = counter(meter, TRANSFER_FAILURES)
+        self._selections = counter(meter, SELECTIONS)
+        self._leases = counter(meter, LEASES)
+        self._dropped = counter(meter, REPORTS_DROPPED)
+        self._lock = threading.Lock()
+        self._totals: Data = {}
+
+        def age(_: CallbackOptions) -> Iterable[Observation]:
+            yield Observation(selector.age_s)
+
+        meter.create_observable_gauge(
+            TABLE_AGE.name, [age], unit=TABLE_AGE.unit, description=TABLE_AGE.description
+        )
+
+    def take_totals(self) -> Data:
+        """Return what was counted since the last call."""
+        with self._lock:
+            totals, self._totals = self._totals, {}
+            return totals
+
+    def selected(self, selection: Selection) -> None:
+        """Count a choice."""
+        self._selections.add(
+            1, {ATTR_PROFILE: selection.profile, ATTR_BOUND: selection.bound.value}
+        )
+
+    def sent(self, profile: str, native_bytes: int, wire_bytes: int, encode_s: float) -> None:
+        """Count a transfer that was sent whole."""
+        self._count("send", profile, native_bytes, wire_bytes, {"encode": encode_s})
+
+    def received(self, outcome: Outcome) -> None:
+        """Count a transfer that ended here, well or badly."""
+        if outcome.failure or outcome.accept is None:
+            self.failed("receive", outcome.failure)
+            return
+        self._count(
+            "receive",
+            outcome.accept.profile,
+            outcome.native_bytes,
+            outcome.wire_bytes,
+            {"wire": outcome.wire_s, "decode": outcome.decode_s, "total": outcome.total_s},
+        )
+
+    def failed(self, direction: str, reason: str) -> None:
+        """Count a transfer that did not come about."""
+        self._failures.add(1, {ATTR_DIRECTION: direction, ATTR_REASON: reason})
+        with self._lock:
+            add_count(self._totals, "failures", f"{direction} {reason}")
+
+    def leases_ended(self, counts: dict[str, int]) -> None:
+        """Count leases by how they ended."""
+        for reason, count in counts.items():
+            self._leases.add(count, {ATTR_REASON: reason})
+            with self._lock:
+                add_count(self._totals, "leases", reason, count)
+
+    def reports_dropped(self, count: int) -> None:
+        """Count transfer reports that found no room in their queue."""
+        self._dropped.add(count)
+
+    def _count(
+        self,
+        direction: str,
+        profile: str,
+        native_bytes: int,
+        wire_bytes: int,
+        stages_s: dict[str, float],
+    ) -> None:
+        marks = {ATTR_DIRECTION: direction, ATTR_PROFILE: profile}
+        self._native.add(native_bytes, marks)
+        self._wire.add(wire_bytes, marks)
+        for stage, seconds in stages_s.items():
+            self._stages.record(seconds, {ATTR_STAGE: stage, ATTR_PROFILE: profile})
+        times = [stages_s.get(name.removesuffix("_s"), 0.0) for name in ROW[3:]]
+        with self._lock:
+            add_row(self._totals, f"{direction} {profile}", [1, native_bytes, wire_bytes, *times])

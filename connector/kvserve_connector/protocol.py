@@ -1,0 +1,364 @@
+"""The bytes between a consumer and a producer: small control messages and coded chunks, in frames.
+
+A frame is a header of 16 bytes, ``magic(4) kind(1) reserved(3) length(4) crc32 of what precedes(4)``, little-endian,
+and a body of ``length`` bytes. A control message's body is JSON, preceded by its own CRC-32; a chunk's body is a
+self-describing blob with checksums of its own. Over one connection, one transfer after the other:
+
+    consumer                      producer
+    PULL {what, who I am}   →
+                            ←     ACCEPT {profile, plan}   or   REFUSE {reason, detail}
+                            ←     CHUNK blob  (as often as the plan says)
+                            ←     END {times, link}        or   REFUSE
+    DONE                    →     the blocks are free
+    RELEASE {what}          →     (instead of PULL: nobody will fetch this)
+"""
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, Self
+
+from kvserve_api.errors import SpecError, WireError, WireReason
+from kvserve_api.fields import Fields
+from kvserve_api.profile_set import NAME_PATTERN
+from kvserve_api.table import Version
+from kvserve_api.wire import KVLayout
+from kvserve_connector.chunks import Chunk
+from kvserve_connector.remote import MAX_ID, MAX_TOKENS
+
+MAGIC: Final = b"KVT1"
+HEADER: Final = struct.Struct("<4sB3xII")
+HEADER_BYTES: Final = HEADER.size
+MAX_MESSAGE_BYTES: Final = 1 << 20
+MAX_CHUNKS: Final = 8192
+MAX_STAGES: Final = 256
+PROTOCOL: Final = 1
+_CRC = struct.Struct("<I")
+
+
+class Kind(IntEnum):
+    """What a frame holds."""
+
+    PULL = 1
+    ACCEPT = 2
+    REFUSE = 3
+    CHUNK = 4
+    END = 5
+    DONE = 6
+    RELEASE = 7
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """A checked frame header: what follows, and how many bytes of it."""
+
+    kind: Kind
+    length: int
+
+
+def pack_header(kind: Kind, length: int) -> bytes:
+    """Return a frame's header."""
+    head = HEADER.pack(MAGIC, kind, length, 0)[: -_CRC.size]
+    return head + _CRC.pack(zlib.crc32(head))
+
+
+def parse_header(data: bytes) -> FrameHeader:
+    """Check a frame's header; the length is not yet checked against any bound.
+
+    Raises:
+        WireError: It is not a header of ours, or damaged.
+    """
+    if len(data) != HEADER_BYTES:
+        raise WireError(WireReason.TRUNCATED, f"a frame header has {HEADER_BYTES} bytes")
+    magic, kind, length, crc = HEADER.unpack(data)
+    if magic != MAGIC:
+        raise WireError(WireReason.BAD_MAGIC, f"a frame starts with {MAGIC!r}, got {magic!r}")
+    if crc != zlib.crc32(data[: -_CRC.size]):
+        raise WireError(WireReason.CHECKSUM_MISMATCH, "a frame header is damaged")
+    try:
+        return FrameHeader(Kind(kind), length)
+    except ValueError as error:
+        raise WireError(WireReason.UNSUPPORTED_VERSION, f"no frame has kind {kind}") from error
+
+
+def pack_message(kind: Kind, value: dict[str, Any]) -> bytes:
+    """Return the whole frame of a control message."""
+    body = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return pack_header(kind, len(body) + _CRC.size) + _CRC.pack(zlib.crc32(body)) + body
+
+
+def parse_message(body: bytes) -> Any:
+    """Return the JSON of a control message's body.
+
+    Raises:
+        WireError: It is damaged or not JSON.
+    """
+    if len(body) < _CRC.size:
+        raise WireError(WireReason.TRUNCATED, "a control message is too short")
+    if _CRC.unpack_from(body)[0] != zlib.crc32(body[_CRC.size :]):
+        raise WireError(WireReason.CHECKSUM_MISMATCH, "a control message is damaged")
+    try:
+        return json.loads(body[_CRC.size :])
+    except (ValueError, RecursionError) as error:
+        raise WireError(WireReason.MALFORMED, f"a control message is not JSON: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pull:
+    """A consumer's wish.
+
+    Attributes:
+        engine_id: The producer's run that holds the KV.
+        request_id: The request's name there.
+        tokens: Which tokens are wanted.
+        prompt_digest: What they must have been computed from.
+        fingerprint: The consumer's model.
+        layout: Form of the consumer's cache.
+        stages: Ids of the stages it can decode.
+        budget_s: Seconds until it gives up.
+        traceparent: Its transfer span.
+    """
+
+    engine_id: str
+    request_id: str
+    tokens: range
+    prompt_digest: str
+    fingerprint: str
+    layout: KVLayout
+    stages: frozenset[str]
+    budget_s: float
+    traceparent: str | None
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        return pack_message(
+            Kind.PULL,
+            {
+                "protocol": PROTOCOL,
+                "engine_id": self.engine_id,
+                "request_id": self.request_id,
+                "tokens": [self.tokens.start, self.tokens.stop],
+                "prompt_digest": self.prompt_digest,
+                "fingerprint": self.fingerprint,
+                "layout": self.layout.to_json(),
+                "stages": sorted(self.stages),
+                "budget_s": self.budget_s,
+                "traceparent": self.traceparent,
+            },
+        )
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            layout = fields.child("layout")
+            pull = cls(
+                engine_id=fields.string("engine_id", max_length=MAX_ID),
+                request_id=fields.string("request_id", max_length=MAX_ID),
+                tokens=_span(fields.items("tokens", max_items=2), "tokens", MAX_TOKENS),
+                prompt_digest=fields.string("prompt_digest", max_length=64),
+                fingerprint=fields.string("fingerprint", max_length=80),
+                layout=KVLayout(
+                    layers=layout.integer("layers"),
+                    kv_heads=layout.integer("kv_heads"),
+                    head_dim=layout.integer("head_dim"),
+                    dtype=layout.string("dtype", max_length=16),
+                ),
+                stages=frozenset(map(_stage, fields.items("stages", max_items=MAX_STAGES))),
+                budget_s=fields.number("budget_s", minimum=0, maximum=3600),
+                traceparent=fields.string("traceparent", None, max_length=128),
+            )
+            layout.done()
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"PULL: {error}") from error
+        return pull
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accept:
+    """A producer's promise.
+
+    Attributes:
+        profile: Name of the profile it uses.
+        wanted: What the table would have used; differs in mode Shadow.
+        bound: What decided.
+        predicted_s: What the model expects the transfer to take.
+        version: Of the table that decided; None without one.
+        pod: The producer's pod.
+        model_s: From the request's arrival there to the end of its prefill.
+        chunks: What comes, in this order; together exactly what was asked for.
+    """
+
+    profile: str
+    wanted: str
+    bound: str
+    predicted_s: float
+    version: Version | None
+    pod: str
+    model_s: float
+    chunks: tuple[Chunk, ...]
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        return pack_message(
+            Kind.ACCEPT,
+            {
+                "profile": self.profile,
+                "wanted": self.wanted,
+                "bound": self.bound,
+                "predicted_s": self.predicted_s,
+                "version": None if self.version is None else str(self.version),
+                "pod": self.pod,
+                "model_s": self.model_s,
+                "chunks": [chunk.to_json() for chunk in self.chunks],
+            },
+        )
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            version = fields.string("version", None, max_length=64)
+            accept = cls(
+                profile=_name(fields.string("profile", max_length=63), "profile"),
+                wanted=_name(fields.string("wanted", max_length=63), "wanted"),
+                bound=fields.string("bound", max_length=63),
+                predicted_s=fields.number("predicted_s", minimum=0),
+                version=Version.parse(version) if fields.has("version") else None,
+                pod=fields.string("pod", max_length=253),
+                model_s=fields.number("model_s", minimum=0),
+                chunks=tuple(map(_chunk, fields.items("chunks", max_items=MAX_CHUNKS))),
+            )
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"ACCEPT: {error}") from error
+        return accept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """What a producer knows when its last chunk is out.
+
+    Attributes:
+        encode_s: Seconds of encoding, summed over the chunks.
+        goodput_bytes_per_s: Its estimate of the link.
+    """
+
+    encode_s: float
+    goodput_bytes_per_s: float
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        return pack_message(
+            Kind.END,
+            {"encode_s": self.encode_s, "goodput_bytes_per_s": self.goodput_bytes_per_s},
+        )
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            end = cls(
+                encode_s=fields.number("encode_s", minimum=0),
+                goodput_bytes_per_s=fields.number("goodput_bytes_per_s", minimum=0),
+            )
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"END: {error}") from error
+        return end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refuse:
+    """Why a producer sends nothing (more)."""
+
+    reason: str
+    detail: str
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        return pack_message(Kind.REFUSE, {"reason": self.reason, "detail": self.detail[:512]})
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            refuse = cls(
+                reason=fields.string("reason", max_length=64),
+                detail=fields.string("detail", max_length=512),
+            )
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"REFUSE: {error}") from error
+        return refuse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """A consumer's word that nobody will fetch a prefill."""
+
+    engine_id: str
+    request_id: str
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        value = {"engine_id": self.engine_id, "request_id": self.request_id}
+        return pack_message(Kind.RELEASE, value)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            release = cls(
+                engine_id=fields.string("engine_id", max_length=MAX_ID),
+                request_id=fields.string("request_id", max_length=MAX_ID),
+            )
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"RELEASE: {error}") from error
+        return release
+
+
+def _fields(body: bytes) -> Fields:
+    fields = Fields(parse_message(body))
+    if fields.has("protocol") and fields.integer("protocol") != PROTOCOL:
+        raise WireError(WireReason.UNSUPPORTED_VERSION, f"known is protocol {PROTOCOL}")
+    return fields
+
+
+def _name(value: str, where: str) -> str:
+    # it becomes a label of metrics
+    if not NAME_PATTERN.fullmatch(value):
+        raise SpecError(where, f"must be a profile's name, got {value!r}")
+    return value
+
+
+def _stage(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 64:
+        raise SpecError("stages", "must be strings of at most 64 characters")
+    return value
+
+
+def _span(value: Any, where: str, maximum: int) -> range:
+    pair: list[Any] = value if isinstance(value, list) and len(value) == 2 else [None, None]
+    # a bool is an int to isinstance
+    if any(type(item) is not int for item in pair) or not 0 <= pair[0] < pair[1] <= maximum:
+        raise SpecError(where, f"must be two growing integers up to {maximum}")
+    return range(value[0], value[1])
+
+
+def _chunk(value: Any) -> Chunk:
+    if not isinstance(value, list) or len(value) != 4:
+        raise SpecError("chunks", "must be lists of four integers")
+    return Chunk(
+        layers=_span(value[:2], "chunks.layers", 65_535),
+        tokens=_span(value[2:], "chunks.tokens", MAX_TOKENS),
+    )

@@ -1,0 +1,186 @@
+"""The table in force in this pod, and the choice it makes for each transfer.
+
+A table is made ready once, when it arrives: its pipelines are built, and for each kind of consumer the candidates that
+it can't decode are struck out. Choosing then is arithmetic on values that never change; a new table replaces all of
+them at once.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from kvserve_api.errors import UnsupportedError
+from kvserve_api.latency import Link
+from kvserve_api.profile_set import NONE
+from kvserve_api.selection import RAW, Bound, Selection, select
+from kvserve_api.table import DecisionTable, OnControllerLoss, Version
+from kvserve_connector.coding import raw_pipeline
+from kvserve_strategies import Pipeline
+
+DEFAULT_BYTES_PER_S: Final = 125e6
+"""Goodput to assume of an unmeasured link without a table: 1 Gbit/s."""
+MAX_VIEWS: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What one transfer uses.
+
+    Attributes:
+        selection: The profile, and why.
+        pipeline: What codes it.
+        ratio: The ratio to expect.
+        version: Of the table that decided; None without one.
+    """
+
+    selection: Selection
+    pipeline: Pipeline
+    ratio: float
+    version: Version | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadyTable:
+    """A table with everything built that its profiles need.
+
+    Attributes:
+        table: The table.
+        pipelines: For each candidate its pipeline.
+        views: For each set of stages a consumer has: the table without what it can't decode. Filled on demand.
+    """
+
+    table: DecisionTable
+    pipelines: Mapping[str, Pipeline]
+    views: dict[frozenset[str], DecisionTable] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: DecisionTable) -> "ReadyTable":
+        """Build what the table needs.
+
+        Raises:
+            StrategyError: A strategy can't work here.
+            UnsupportedError: A candidate needs a calibration bundle, which this version has no way to get.
+        """
+        for candidate in table.candidates.values():
+            if candidate.bundle is not None:
+                raise UnsupportedError(
+                    f"profile {candidate.name} needs calibration bundle {candidate.bundle}, which"
+                    " this pod can't load"
+                )
+        pipelines = {name: Pipeline.of(c.strategy) for name, c in table.candidates.items()}
+        return cls(table=table, pipelines=pipelines)
+
+    def decodable(self, stages: frozenset[str]) -> DecisionTable:
+        """Return the table as it applies to a consumer with these stages."""
+        view = self.views.get(stages)
+        if view is None:
+            able = {n for n, p in self.pipelines.items() if stages.issuperset(p.stage_ids)}
+            view = _restrict(self.table, able | {NONE})
+            if len(self.views) < MAX_VIEWS:
+                self.views[stages] = view
+        return view
+
+
+class Selector:
+    """Holds the table in force and chooses by it.
+
+    Args:
+        now_s: A clock that never goes back.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._ready: ReadyTable | None = None
+        self._heard_s = 0.0
+
+    @property
+    def table(self) -> DecisionTable | None:
+        """The table in force."""
+        ready = self._ready
+        return None if ready is None else ready.table
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the controller was last heard of; 0 without a table."""
+        return 0.0 if self._ready is None else self._now_s() - self._heard_s
+
+    @property
+    def prior_bytes_per_s(self) -> float:
+        """Goodput to assume of a link nobody has measured."""
+        ready = self._ready
+        return DEFAULT_BYTES_PER_S if ready is None else ready.table.prior_bytes_per_s
+
+    def install(self, ready: ReadyTable) -> None:
+        """Put a table in force; its time to live starts now."""
+        self._heard_s = self._now_s()
+        self._ready = ready
+
+    def renew(self, version: Version) -> None:
+        """Start the time to live of the table in force anew, if it is of this version."""
+        ready = self._ready
+        if ready is not None and ready.table.version == version:
+            self._heard_s = self._now_s()
+
+    def drop(self) -> None:
+        """Have no table from now on: everything is sent raw."""
+        self._ready = None
+
+    def choose(
+        self,
+        workload: str,
+        *,
+        native_bytes: int,
+        link: Link,
+        chunks: int,
+        stages: frozenset[str],
+    ) -> Choice:
+        """Choose for one transfer; microseconds, no I/O, no lock.
+
+        Args:
+            workload: The request's class.
+            native_bytes: Native KV bytes of the transfer.
+            link: The link as known now.
+            chunks: Into how many chunks the transfer is cut.
+            stages: What the consumer can decode.
+        """
+        ready = self._ready
+        if ready is None:
+            return Choice(selection=RAW, pipeline=raw_pipeline(), ratio=1.0, version=None)
+        full = ready.table
+        late = self._now_s() - self._heard_s > full.ttl_s
+        expired = late and full.on_controller_loss == OnControllerLoss.REVERT
+        table = ready.decodable(stages)
+        selection = select(
+            table, workload, native_bytes=native_bytes, link=link, chunks=chunks, expired=expired
+        )
+        if table is not full and selection.profile == NONE:
+            selection = _explain(selection, full)
+        name = selection.profile
+        return Choice(
+            selection=selection,
+            pipeline=ready.pipelines[name],
+            ratio=full.candidates[name].ratio,
+            version=full.version,
+        )
+
+
+def _restrict(table: DecisionTable, able: set[str]) -> DecisionTable:
+    """Return the table with only what a consumer can decode; the table itself if that is all."""
+    if able.issuperset(table.candidates):
+        return table
+    rules = {
+        name: replace(rule, candidates=tuple(c for c in rule.candidates if c in able) or (NONE,))
+        for name, rule in table.rules.items()
+    }
+    pinned = NONE if table.pinned is not None and table.pinned not in able else table.pinned
+    fallback = table.fallback if table.fallback in able else NONE
+    return replace(table, rules=rules, pinned=pinned, fallback=fallback)
+
+
+def _explain(selection: Selection, full: DecisionTable) -> Selection:
+    """Say that the peer is why, where a fixed profile had to give way to raw."""
+    wanted = {Bound.PINNED: full.pinned, Bound.EXPIRED: full.fallback}.get(selection.bound)
+    if wanted is None or wanted == NONE:
+        return selection
+    return replace(selection, wanted=wanted, bound=Bound.PEER)

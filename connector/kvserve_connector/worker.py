@@ -1,0 +1,172 @@
+"""The half of the connector that lives with the KV cache: it owns the transfers, and the channel to the controller."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from kvserve_api.errors import SpecError
+from kvserve_api.table import Role
+from kvserve_connector.client import Outcome, TransferClient
+from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
+from kvserve_connector.config import PATH, ConnectorConfig
+from kvserve_connector.control import ControlClient, Identity
+from kvserve_connector.engine import Engine, open_cache
+from kvserve_connector.leases import LeaseBook
+from kvserve_connector.links import LinkBook
+from kvserve_connector.metadata import ServerAddress, StepMetadata
+from kvserve_connector.metrics import Data, Metrics
+from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_connector.server import TransferServer
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Does what the scheduler half decided, in threads beside the engine's.
+
+    Args:
+        config: The connector's settings.
+        engine: The engine's facts.
+        is_producer: This engine prefills for others.
+        is_consumer: This engine fetches the KV of others.
+    """
+
+    def __init__(
+        self, config: ConnectorConfig, engine: Engine, *, is_producer: bool, is_consumer: bool
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._is_producer = is_producer
+        self._is_consumer = is_consumer
+        self._leases = LeaseBook(config.lease_s)
+        self._selector = Selector()
+        self._metrics = Metrics(self._selector)
+        self._control = ControlClient(
+            config,
+            Identity(
+                role=Role.PREFILL if is_producer else Role.DECODE,
+                fingerprint=engine.fingerprint,
+                version=_own_version(),
+            ),
+            self._selector,
+            self._metrics.reports_dropped,
+            self._warm_up,
+        )
+        self._coders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kvserve-code")
+        self._coder = ChunkCoder(engine.fingerprint, engine.layout)
+        self._server: TransferServer | None = None
+        self._client: TransferClient | None = None
+        self._lock = threading.Lock()
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+
+    def open(
+        self, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
+    ) -> None:
+        """Take over the engine's cache and begin to serve.
+
+        Raises:
+            UnsupportedError: The cache has a form that is not known.
+            SpecError: The transfer server's address is taken or not ours.
+        """
+        cache = open_cache(self._engine, kv_caches, attention_layers)
+        # in the thread that will code: torch sets itself up anew in each
+        self._coders.submit(self._coder.warm_up, raw_pipeline()).result()
+        if self._is_producer:
+            try:
+                self._server = TransferServer(
+                    self._config,
+                    self._engine,
+                    cache,
+                    self._leases,
+                    self._selector,
+                    LinkBook(),
+                    self._coders,
+                    self._metrics,
+                )
+            except OSError as error:
+                where = f"{self._config.listen_host}:{self._config.listen_port}"
+                raise SpecError(
+                    f"{PATH}.listen_port", f"can't listen on {where}: {error}; 0 takes a free one"
+                ) from error
+            self._server.start()
+            logger.info("KV transfers are served on port %d", self._server.port)
+        if self._is_consumer:
+            self._client = TransferClient(
+                self._config, self._engine, cache, known_stages(), self._coders, self._done
+            )
+        self._control.start()
+
+    @property
+    def address(self) -> ServerAddress | None:
+        """Where consumers reach this producer."""
+        if self._server is None:
+            return None
+        return ServerAddress(host=self._config.advertise_host, port=self._server.port)
+
+    def take(self, step: StepMetadata) -> None:
+        """Start what a step brings; nothing here waits."""
+        for lease in step.leases:
+            self._leases.add(lease)
+        if self._client is not None:
+            for load in step.loads:
+                self._client.start(load)
+            for remote in step.releases:
+                self._client.release(remote)
+            for request_id in step.cancelled:
+                self._client.cancel(request_id)
+
+    def results(self) -> KVConnectorTransferResults:
+        """Return what ended since the last call."""
+        sent, counts = self._leases.take_ended()
+        self._metrics.leases_ended(counts)
+        with self._lock:
+            received, self._received = self._received, set()
+            failed, self._failed = self._failed, set()
+        return KVConnectorTransferResults(
+            finished_sending=sent, finished_recving=received, failed_recving=failed
+        )
+
+    def take_totals(self) -> Data:
+        """Return what was counted since the last call."""
+        return self._metrics.take_totals()
+
+    def close(self) -> None:
+        """End all transfers and the channel to the controller."""
+        self._control.close()
+        if self._server is not None:
+            self._server.close()
+        if self._client is not None:
+            self._client.close()
+        self._coders.shutdown(wait=False, cancel_futures=True)
+
+    def _done(self, outcome: Outcome) -> None:
+        """Take note of a transfer that ended; in a thread of the client's."""
+        self._metrics.received(outcome)
+        self._control.report(outcome)
+        request_id = outcome.load.request_id
+        if outcome.failure:
+            logger.warning(
+                "KV of %s did not arrive and is computed here: %s", request_id, outcome.detail
+            )
+        with self._lock:
+            self._received.add(request_id)
+            if outcome.failure:
+                self._failed.add(request_id)
+
+    def _warm_up(self, ready: ReadyTable) -> None:
+        for pipeline in ready.pipelines.values():
+            self._coder.warm_up(pipeline)
+
+
+def _own_version() -> str:
+    try:
+        return version("kvserve")
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,1 @@
+"""The operator: watches KVServePolicies, plans, and applies profiling Jobs and conditions."""

@@ -1,0 +1,288 @@
+"""The answers the operator gives about a policy: pure functions from what is observed to findings."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from kvserve_api.names import ExitCode
+from kvserve_api.policy import Policy
+from kvserve_operator import reasons
+from kvserve_operator.conflicts import self_overlap
+from kvserve_operator.observed import JobFacts, Observed, SetFacts, exit_code
+from kvserve_operator.reasons import Condition, Reason
+from kvserve_operator.render import Run
+
+TRUE: Final = "True"
+FALSE: Final = "False"
+UNKNOWN: Final = "Unknown"
+_MAX_MESSAGE: Final = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The answer to one condition.
+
+    Attributes:
+        condition: Which.
+        status: ``True``, ``False`` or ``Unknown``.
+        reason: Why, in a word.
+        message: Why, and what to do. Nothing that changes by itself: each change is a write.
+        warning: A person should look at it.
+    """
+
+    condition: str
+    status: str
+    reason: str
+    message: str
+    warning: bool = False
+
+    @property
+    def true(self) -> bool:
+        """The answer is yes."""
+        return self.status == TRUE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sets:
+    """The Pareto sets that matter for a policy.
+
+    Attributes:
+        current: The one of the current inputs, usable or not; None if there is none.
+        in_force: The usable one that serves; of earlier inputs while there is no usable current one.
+    """
+
+    current: SetFacts | None = None
+    in_force: SetFacts | None = None
+
+
+def _finding(condition: Condition, status: str, reason: Reason, message: str) -> Finding:
+    return Finding(
+        condition=condition.value,
+        status=status,
+        reason=reason.name,
+        message=message[:_MAX_MESSAGE],
+        warning=reason.warning,
+    )
+
+
+def accepted(observed: Observed) -> Finding:
+    """Tell whether the policy can be worked on at all."""
+    facts = observed.policy
+    if facts.policy is None:
+        return _finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, facts.problem)
+    if self_overlap(facts.policy):
+        text = (
+            "spec.targets: every pod of one role is also selected for the other; "
+            "give them labels that differ"
+        )
+        return _finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, text)
+    if observed.winner:
+        text = (
+            f"spec.targets: the older policy {observed.winner} selects the same pods; "
+            "delete one of the two or narrow its selectors"
+        )
+        return _finding(Condition.ACCEPTED, FALSE, reasons.CONFLICTED, text)
+    missing = [f"{name}: {text.problem}" for name, text in observed.texts.items() if text.problem]
+    if missing:
+        text = f"evaluation text of workload class {'; '.join(missing)}"
+        return _finding(Condition.ACCEPTED, FALSE, reasons.EVALUATION_MISSING, text)
+    return _finding(Condition.ACCEPTED, TRUE, reasons.ACCEPTED, "the policy can be served")
+
+
+def targets_resolved(observed: Observed) -> Finding:
+    """Tell whether there are pods of each role."""
+    policy = observed.policy.policy
+    if policy is None:
+        text = "the targets can't be read; see the condition Accepted"
+        return _finding(Condition.TARGETS_RESOLVED, UNKNOWN, reasons.NOT_ACCEPTED, text)
+    empty = [t for t in policy.targets if not observed.desired.get(t.role)]
+    if empty:
+        wanted = " and no ".join(
+            f"{t.role} pod with {','.join(f'{k}={v}' for k, v in sorted(t.match_labels.items()))}"
+            for t in empty
+        )
+        text = f"there is no {wanted} in namespace {policy.namespace}"
+        return _finding(Condition.TARGETS_RESOLVED, FALSE, reasons.NO_PODS, text)
+    return _finding(
+        Condition.TARGETS_RESOLVED, TRUE, reasons.PODS_FOUND, "there are pods of each role"
+    )
+
+
+def profiled(observed: Observed, run: Run | None, sets: Sets) -> Finding:
+    """Tell whether there is a usable Pareto set of the current inputs, or one that serves while they are measured."""
+    condition = Condition.PROFILED
+    if run is None:
+        return _finding(
+            condition,
+            UNKNOWN,
+            reasons.NOT_ACCEPTED,
+            "no run is planned until the condition Accepted is True",
+        )
+    if sets.current and not sets.current.problem:
+        text = f"ConfigMap {run.pareto} holds {sets.current.profiles} profiles"
+        return _finding(condition, TRUE, reasons.PROFILED, text)
+    kept = f"; the set {sets.in_force.meta.name} keeps serving" if sets.in_force else ""
+    job = next((j for j in observed.jobs if j.meta.name == run.job), None)
+    failure = _failure(observed, run, sets, job)
+    if failure:
+        reason, text = failure
+        return _finding(condition, FALSE, reason, text + kept)
+    status = TRUE if sets.in_force else FALSE
+    if run.policy.profiling.suspend:
+        text = "spec.profiling.suspend is true; set it to false to measure" + kept
+        return _finding(condition, status, reasons.SUSPENDED, text)
+    stuck = _stuck(observed, run)
+    if stuck:
+        reason, text = stuck
+        return _finding(condition, FALSE, reason, text + kept)
+    text = f"Job {run.job} measures; status.profiling shows how far it is" + kept
+    reason = reasons.REPROFILING if sets.in_force else reasons.PROFILING
+    return _finding(condition, status, reason, text)
+
+
+def _failure(
+    observed: Observed, run: Run, sets: Sets, job: JobFacts | None
+) -> tuple[Reason, str] | None:
+    """Return why the run will give no result unless somebody does something."""
+    again = f"delete Job {run.job} to measure again"
+    if sets.current:
+        text = f"ConfigMap {run.pareto} {sets.current.problem}; delete it and {again}"
+        return reasons.RESULT_INVALID, text
+    if job and job.failed:
+        return _job_failure(observed, run, job)
+    if job and job.complete:
+        text = f"Job {run.job} ended well but ConfigMap {run.pareto} is not there; {again}"
+        return reasons.RESULT_INVALID, text
+    taken = taken_names(observed, run)
+    if taken:
+        text = f"{', '.join(taken)} exists and does not belong to this policy; delete it"
+        return reasons.NAME_TAKEN, text
+    if observed.refused:
+        return reasons.WRITE_REFUSED, f"the API server refused {observed.refused}"
+    return None
+
+
+def taken_names(observed: Observed, run: Run) -> list[str]:
+    """Return the children of the run whose names objects of others have."""
+    wanted = {"Job": run.job, "ConfigMap": run.configmap}
+    facts = [
+        *(("Job", j.meta) for j in observed.jobs),
+        *(("ConfigMap", r.meta) for r in observed.runs),
+    ]
+    return [
+        f"{kind} {meta.name}"
+        for kind, meta in facts
+        if meta.name == wanted[kind] and meta.owner_uid != run.uid
+    ]
+
+
+def _job_failure(observed: Observed, run: Run, job: JobFacts) -> tuple[Reason, str]:
+    said = _last_words(observed, run, job)
+    again = f"then delete Job {run.job} to try again"
+    code = exit_code(job, observed.job_pods)
+    known = {
+        ExitCode.BAD_INPUT: (reasons.BAD_INPUT, "the profiler refused its input"),
+        ExitCode.INFEASIBLE: (reasons.INFEASIBLE, "no profile meets the quality budget"),
+        ExitCode.UNSUPPORTED: (reasons.UNSUPPORTED, "the model is not supported"),
+    }
+    if code in known:
+        reason, text = known[ExitCode(code)]
+        return reason, f"{text}: {said}; change the policy, or correct the cause, {again}"
+    if job.failure[0] == "DeadlineExceeded":
+        return reasons.DEADLINE_EXCEEDED, (
+            f"the run took more than {job.deadline_s} s; raise "
+            "spec.profiling.budget.activeDeadlineSeconds and it goes on where it ended"
+        )
+    if any(p.out_of_memory for p in observed.job_pods if p.job == job.meta.name):
+        return reasons.OUT_OF_MEMORY, (
+            "the Job's container used more memory than it may; raise "
+            "spec.profiling.job.resources.limits.memory and it goes on where it ended"
+        )
+    return reasons.JOB_FAILED, f"{said}; see the logs of Job {run.job}, {again}"
+
+
+def _last_words(observed: Observed, run: Run, job: JobFacts) -> str:
+    pods = [p for p in observed.job_pods if p.job == job.meta.name and p.ended_with]
+    if pods:
+        # the last line of a traceback says what it is about
+        latest = max(pods, key=lambda pod: (pod.meta.created, pod.meta.name))
+        return latest.ended_with.splitlines()[-1]
+    facts = next((r for r in observed.runs if r.meta.name == run.configmap), None)
+    if facts and facts.progress and facts.progress.message:
+        return facts.progress.message
+    return ": ".join(part for part in job.failure if part) or "the Job failed"
+
+
+def _stuck(observed: Observed, run: Run) -> tuple[Reason, str] | None:
+    """Return why the Job's pod does not run, if it should."""
+    for pod in observed.job_pods:
+        if pod.job != run.job or not pod.live:
+            continue
+        if pod.image_problem:
+            text = f"image {run.config.image}: {pod.image_problem}; correct profiler.image in the chart's values"
+            return reasons.IMAGE_UNAVAILABLE, text
+        if pod.config_problem:
+            return reasons.CONTAINER_NOT_CREATED, f"pod {pod.meta.name}: {pod.config_problem}"
+        if pod.unschedulable:
+            text = (
+                f"no node takes pod {pod.meta.name}: {pod.unschedulable}; "
+                "lower spec.profiling.job.resources or make room"
+            )
+            return reasons.UNSCHEDULABLE, text
+    return None
+
+
+def quality_feasible(policy: Policy | None, in_force: SetFacts | None) -> Finding:
+    """Tell whether each workload class has a profile other than ``none`` within its budget."""
+    condition = Condition.QUALITY_FEASIBLE
+    if policy is None or in_force is None:
+        text = "there is no Pareto set yet; see the condition Profiled"
+        return _finding(condition, UNKNOWN, reasons.NO_PROFILES, text)
+    short = []
+    for name, workload in policy.classes.items():
+        losses = in_force.losses.get(name, in_force.losses["default"])
+        if any(loss <= workload.max_loss_bp for _, loss in losses):
+            continue
+        field = "spec.quality" if name == "default" else f"spec.workloads[{name}].quality"
+        if not losses:
+            short.append(f"class {name} has no profile but none: every other is worse in all")
+            continue
+        best, loss = min(losses, key=lambda item: item[1])
+        short.append(
+            f"class {name}: the least loss is {loss:.1f} basis points, of profile {best}; "
+            f"set {field}.maxLossBasisPoints to {math.ceil(loss)} or more to use it"
+        )
+    if short:
+        text = "; ".join(short) + "; transfers stay uncompressed"
+        return _finding(condition, FALSE, reasons.BUDGET_TOO_TIGHT, text)
+    text = "each workload class has profiles within its quality budget"
+    return _finding(condition, TRUE, reasons.FEASIBLE, text)
+
+
+def programmed(observed: Observed) -> Finding:
+    """Return the controller's own answer, or that there is none."""
+    for condition in observed.policy.status.get("conditions") or []:
+        if condition.get("type") == Condition.PROGRAMMED:
+            return Finding(
+                condition=Condition.PROGRAMMED.value,
+                status=condition.get("status", UNKNOWN),
+                reason=condition.get("reason", reasons.NOT_PROGRAMMED.name),
+                message=condition.get("message", ""),
+            )
+    text = "the controller has not reported on the policy; check that it runs and can reach the API server"
+    return _finding(Condition.PROGRAMMED, UNKNOWN, reasons.NOT_PROGRAMMED, text)
+
+
+def ready(findings: list[Finding]) -> Finding:
+    """Sum up: the first finding that is not True says what is missing."""
+    for finding in findings:
+        if not finding.true:
+            return Finding(
+                condition=Condition.READY.value,
+                status=FALSE,
+                reason=finding.reason,
+                message=f"{finding.condition}: {finding.message}"[:_MAX_MESSAGE],
+            )
+    return _finding(
+        Condition.READY, TRUE, reasons.SERVING, "all pods serve profiles within the quality budget"
+    )

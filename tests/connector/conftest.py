@@ -1,0 +1,59 @@
+"""What the connector's tests share: one pair of real vLLM servers, and a controller beside them."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from controller_process import ControllerProcess
+from kvserve_api.wire import model_fingerprint
+from otlp_receiver import Receiver
+from real_pair import LEASE_S, TIMEOUT_S, RealPair
+from vllm_servers import Plan, make_model, start
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that real servers load in seconds."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPair]:
+    """Two vLLM servers with a controller; tests pin the profile they want."""
+    folder = tmp_path_factory.mktemp("pair")
+    config = json.loads((tiny_model / "config.json").read_text())
+    controller = ControllerProcess(folder / "controller", model_fingerprint(config))
+    controller.set_policy(control={"mode": "Pinned", "pinnedProfile": "none"})
+    controller.start()
+    extra = {
+        "control_endpoint": f"127.0.0.1:{controller.port}",
+        "policy": "default/chat",
+        "timeout_s": TIMEOUT_S,
+        "stall_s": 2.0,
+        "lease_s": LEASE_S,
+        "chunk_layers": 1,
+    }
+    with Receiver() as receiver, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "1000")
+        cores = sorted(os.sched_getaffinity(0))
+        servers = [
+            start(
+                Plan(role=role, core=core, extra=extra | {"pod": role.replace("_", "-")}),
+                tiny_model,
+                folder,
+            )
+            for role, core in (("kv_producer", cores[0]), ("kv_consumer", cores[-1]))
+        ]
+        try:
+            for server in servers:
+                server.wait_ready()
+            yield RealPair(tiny_model, folder, servers[0], servers[1], controller, receiver)
+        finally:
+            for server in servers:
+                server.stop()
+            controller.kill()

@@ -1,0 +1,86 @@
+"""Finished prefills and how each of them ends."""
+
+import threading
+import time
+
+import pytest
+
+from kvserve_api.errors import TransferError
+from kvserve_connector.handover import Lease
+from kvserve_connector.leases import MAX_ENDED, LeaseBook
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+
+def lease(request_id: str = "a") -> Lease:
+    """Return a lease."""
+    return Lease(
+        request_id=request_id,
+        tokens=4,
+        prompt_digest="d",
+        block_ids=(1,),
+        workload="default",
+        model_s=0.0,
+    )
+
+
+def test_unclaimed_lease_expires_once() -> None:
+    """A lease nobody takes ends at its time, is reported once, and can't be taken any more."""
+    clock = Clock()
+    book = LeaseBook(10.0, clock)
+    book.add(lease())
+    clock.now_s = 9.9
+    assert book.take_ended() == (set(), {})
+    clock.now_s = 10.0
+    assert book.take_ended() == ({"a"}, {"Expired": 1})
+    assert book.take_ended() == (set(), {})
+    with pytest.raises(TransferError, match="has ended: Expired"):
+        book.claim("a", 5.0)
+
+
+def test_claimed_lease_neither_expires_nor_is_released() -> None:
+    """While a lease is being sent only its sender ends it, and nobody else can send it."""
+    clock = Clock()
+    book = LeaseBook(10.0, clock)
+    book.add(lease())
+    assert book.claim("a", 0.0) == lease()
+    clock.now_s = 100.0
+    book.release("a")
+    assert book.take_ended() == (set(), {})
+    with pytest.raises(TransferError, match="already"):
+        book.claim("a", 0.0)
+    book.end("a", "Sent")
+    book.end("a", "Timeout")
+    assert book.take_ended() == ({"a"}, {"Sent": 1})
+
+
+def test_claim_waits_for_news() -> None:
+    """A claim that comes early gets the lease when it is there, and gives up when it does not come."""
+    book = LeaseBook(10.0)
+    threading.Timer(0.1, lambda: book.add(lease())).start()
+    assert book.claim("a", 5.0) == lease()
+    started_s = time.monotonic()
+    with pytest.raises(TransferError, match="no prefill 'b'"):
+        book.claim("b", 0.1)
+    assert 0.1 <= time.monotonic() - started_s < 2
+
+
+def test_memory_of_ended_leases_is_bounded() -> None:
+    """Only the latest ends are remembered."""
+    book = LeaseBook(10.0)
+    for index in range(MAX_ENDED + 5):
+        book.add(lease(f"r{index}"))
+        book.end(f"r{index}", "Sent")
+    with pytest.raises(TransferError, match="no prefill"):
+        book.claim("r0", 0.0)
+    with pytest.raises(TransferError, match="has ended"):
+        book.claim(f"r{MAX_ENDED + 4}", 0.0)
+    assert len(book.take_ended()[0]) == MAX_ENDED + 5

@@ -1,0 +1,194 @@
+"""Frames and control messages: what is sent is read, and nothing else is accepted."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvserve_api.errors import WireError, WireReason
+from kvserve_api.table import Version
+from kvserve_api.wire import KVLayout
+from kvserve_connector.chunks import Chunk, check_cover, plan
+from kvserve_connector.protocol import (
+    HEADER_BYTES,
+    Accept,
+    End,
+    Kind,
+    Pull,
+    Refuse,
+    Release,
+    pack_header,
+    pack_message,
+    parse_header,
+    parse_message,
+)
+
+LAYOUT = KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
+PULL = Pull(
+    engine_id="e",
+    request_id="r",
+    tokens=range(128, 1000),
+    prompt_digest="d" * 32,
+    fingerprint="sha256:" + "a" * 64,
+    layout=LAYOUT,
+    stages=frozenset({"code.raw.v1", "code.rans.v1"}),
+    budget_s=7.5,
+    traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01",
+)
+ACCEPT = Accept(
+    profile="int4-token",
+    wanted="none",
+    bound="Goal",
+    predicted_s=0.25,
+    version=Version(epoch=7, counter=9),
+    pod="prefill-0",
+    model_s=1.5,
+    chunks=plan(LAYOUT, range(128, 1000), 5),
+)
+MESSAGES = {
+    "pull": PULL,
+    "accept": ACCEPT,
+    "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
+    "refuse": Refuse(reason="Expired", detail="too late"),
+    "release": Release(engine_id="e", request_id="r"),
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+def test_messages_come_back(message: Pull | Accept | End | Refuse | Release) -> None:
+    """Every control message is read as it was written."""
+    frame = message.pack()
+    header = parse_header(frame[:HEADER_BYTES])
+    assert header.length == len(frame) - HEADER_BYTES
+    assert type(message).parse(frame[HEADER_BYTES:]) == message
+
+
+def test_absent_values_stay_absent() -> None:
+    """A transfer without trace and table is read as such."""
+    pull = replace(PULL, traceparent=None)
+    assert Pull.parse(pull.pack()[HEADER_BYTES:]) == pull
+    accept = replace(ACCEPT, version=None)
+    assert Accept.parse(accept.pack()[HEADER_BYTES:]) == accept
+
+
+@settings(max_examples=300, deadline=None)
+@given(bit=st.integers(0, 8 * len(ACCEPT.pack()) - 1))
+def test_no_flipped_bit_passes(bit: int) -> None:
+    """Any single flipped bit, in header or body, is a typed error."""
+    frame = bytearray(ACCEPT.pack())
+    frame[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(WireError):
+        _read(bytes(frame))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=64))
+def test_noise_is_refused(data: bytes) -> None:
+    """Random bytes are a typed error as header and as message."""
+    with pytest.raises(WireError):
+        parse_header(data)
+    with pytest.raises(WireError):
+        parse_message(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("tokens", [5, 5], id="empty-range"),
+        pytest.param("tokens", [0, 1 << 40], id="huge-range"),
+        pytest.param("tokens", [True, 9], id="boolean"),
+        pytest.param("budget_s", -1, id="negative"),
+        pytest.param("stages", ["x" * 65], id="long-stage"),
+        pytest.param("stages", [3], id="stage-number"),
+        pytest.param("layout", {"layers": 0, "kv_heads": 1, "head_dim": 1, "dtype": "float32"}, id="layers"),
+        pytest.param("request_id", "r" * 513, id="long-id"),
+        pytest.param("surprise", 1, id="unknown"),
+        pytest.param("engine_id", None, id="missing"),
+    ],
+)  # fmt: skip
+def test_wrong_wishes_are_refused(key: str, value: object) -> None:
+    """A PULL with anything wrong in it is refused as malformed."""
+    content = parse_message(PULL.pack()[HEADER_BYTES:]) | {key: value}
+    with pytest.raises(WireError) as caught:
+        Pull.parse(pack_message(Kind.PULL, content)[HEADER_BYTES:])
+    assert caught.value.reason == WireReason.MALFORMED
+
+
+def test_another_protocol_is_refused() -> None:
+    """A peer of another protocol version is told so."""
+    content = parse_message(PULL.pack()[HEADER_BYTES:]) | {"protocol": 2}
+    with pytest.raises(WireError) as caught:
+        Pull.parse(pack_message(Kind.PULL, content)[HEADER_BYTES:])
+    assert caught.value.reason == WireReason.UNSUPPORTED_VERSION
+
+
+def test_nothing_is_pickled() -> None:
+    """A message's body is JSON and nothing else."""
+    assert json.loads(PULL.pack()[HEADER_BYTES + 4 :])["request_id"] == "r"
+
+
+def test_header_length_is_32_bits() -> None:
+    """The largest length survives the header; whoever reads it must bound it."""
+    assert parse_header(pack_header(Kind.CHUNK, 2**32 - 1)).length == 2**32 - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    layers=st.integers(1, 90),
+    heads=st.integers(1, 16),
+    start=st.integers(0, 300),
+    tokens=st.integers(1, 20_000),
+    chunk_layers=st.integers(1, 100),
+)
+def test_plans_cover_what_was_asked(
+    layers: int, heads: int, start: int, tokens: int, chunk_layers: int
+) -> None:
+    """Our own plans pass the check that foreign ones must pass."""
+    layout = KVLayout(layers=layers, kv_heads=heads, head_dim=128, dtype="bfloat16")
+    wanted = range(start, start + tokens)
+    chunks = plan(layout, wanted, chunk_layers)
+    check_cover(chunks, layout, wanted)
+    assert max(len(chunk.layers) for chunk in chunks) <= chunk_layers
+
+
+WANTED = range(40)
+SMALL = KVLayout(layers=4, kv_heads=1, head_dim=16, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param([(0, 4, 0, 39)], id="token-missing"),
+        pytest.param([(0, 3, 0, 40)], id="layer-missing"),
+        pytest.param([(0, 5, 0, 40)], id="layer-too-many"),
+        pytest.param([(0, 4, 0, 41)], id="token-too-many"),
+        pytest.param([(0, 2, 0, 40), (0, 2, 0, 40)], id="doubled-instead-of-rest"),
+        pytest.param([(0, 4, 0, 20), (0, 4, 10, 30)], id="overlap"),
+        pytest.param([(0, 4, 0, 20), (0, 2, 20, 40), (2, 4, 20, 30)], id="ragged"),
+        pytest.param([(0, 4, 0, 40), (0, 4, 0, 40)], id="twice"),
+    ],
+)
+def test_false_plans_are_refused(chunks: list[tuple[int, int, int, int]]) -> None:
+    """A plan that leaves something out, doubles it or goes beyond is refused."""
+    made = [Chunk(layers=range(a, b), tokens=range(c, d)) for a, b, c, d in chunks]
+    with pytest.raises(WireError) as caught:
+        check_cover(made, SMALL, WANTED)
+    assert caught.value.reason == WireReason.RANGE_MISMATCH
+
+
+def test_unbounded_chunks_are_refused() -> None:
+    """A plan with one chunk for everything can't make a consumer take it all at once."""
+    big = KVLayout(layers=80, kv_heads=8, head_dim=128, dtype="bfloat16")
+    with pytest.raises(WireError) as caught:
+        check_cover([Chunk(layers=range(80), tokens=range(4000))], big, range(4000))
+    assert caught.value.reason == WireReason.TOO_LARGE
+
+
+def _read(frame: bytes) -> Accept:
+    header = parse_header(frame[:HEADER_BYTES])
+    if header.kind != Kind.ACCEPT or header.length != len(frame) - HEADER_BYTES:
+        raise WireError(WireReason.MALFORMED, "another frame")
+    return Accept.parse(frame[HEADER_BYTES:])

@@ -1,0 +1,181 @@
+"""What the scheduler half decides for real vLLM requests, without an engine."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kv_loopback import BLOCK, ENGINE
+from kvserve_connector.handover import prompt_digest
+
+pytestmark = pytest.mark.slow  # importing vLLM takes its time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> None:
+    """Import vLLM, whose own dependencies warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import vllm.v1.request  # noqa: F401
+
+
+def make_request(tokens: int = 37, request_id: str = "r1", **params: Any) -> Any:
+    """Return a real request with these ``kv_transfer_params``."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    extra = {"kv_transfer_params": params, "kvserve_workload": "chat"}
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(range(tokens)),
+        sampling_params=SamplingParams(max_tokens=1, extra_args=extra),
+        pooling_params=None,
+        arrival_time=100.0,
+    )
+
+
+def make_half(**roles: bool) -> Any:
+    """Return a scheduler half that knows its worker's address, two seconds after the requests' arrival."""
+    from kvserve_connector.metadata import ServerAddress
+    from kvserve_connector.scheduler import SchedulerHalf
+
+    roles = roles or {"is_producer": True, "is_consumer": True}
+    half = SchedulerHalf(ENGINE, now_s=lambda: 102.0, **roles)
+    half.set_address(ServerAddress(host="10.0.0.7", port=7790))
+    return half
+
+
+def finish(request: Any, computed: int, status: str = "FINISHED_LENGTH_CAPPED") -> Any:
+    """Let a request end in a state."""
+    from vllm.v1.request import RequestStatus
+
+    request.num_computed_tokens = computed
+    request.status = RequestStatus[status]
+    return request
+
+
+def blocks(*ids: int) -> Any:
+    """Return what vLLM allocated, as far as the connector looks at it."""
+    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+
+
+def offer(tokens: int = 37, **changes: Any) -> dict[str, Any]:
+    """Return what a producer's answer says, through a real producer half."""
+    half = make_half(is_producer=True, is_consumer=False)
+    request = finish(make_request(tokens, "remote", do_remote_decode=True), tokens)
+    kept, params = half.finished(request, (list(range(1, 12)),))
+    assert kept
+    return dict(params) | changes
+
+
+def test_finished_prefill_is_kept_and_offered() -> None:
+    """A prefill that ended well is kept with its prompt's blocks, and the answer says where."""
+    half = make_half(is_producer=True, is_consumer=False)
+    request = finish(make_request(37, do_remote_decode=True, do_remote_prefill=False), 37)
+    kept, params = half.finished(request, ([5, 6, 7, 8],))
+    assert kept
+    assert params["do_remote_prefill"] is True
+    assert (params["remote_host"], params["remote_port"]) == ("10.0.0.7", 7790)
+    assert params["remote_num_tokens"] == 37
+    (lease,) = half.take_step().leases
+    # 37 tokens are in three blocks of 16; the fourth holds none of them
+    assert lease.block_ids == (5, 6, 7)
+    assert (lease.tokens, lease.workload, lease.model_s) == (37, "chat", 2.0)
+    assert lease.prompt_digest == prompt_digest(range(37))
+    assert half.take_step().leases == []
+
+
+@pytest.mark.parametrize(
+    ("status", "params"),
+    [
+        pytest.param("FINISHED_ABORTED", {"do_remote_decode": True}, id="aborted"),
+        pytest.param("FINISHED_LENGTH_CAPPED", {}, id="not-asked-for"),
+        pytest.param("FINISHED_LENGTH_CAPPED", {"do_remote_decode": "yes"}, id="odd"),
+    ],
+)
+def test_other_requests_are_not_kept(status: str, params: dict[str, Any]) -> None:
+    """An aborted prefill, or a request that is none, frees its blocks at once."""
+    half = make_half()
+    request = finish(make_request(37, **params), 37, status)
+    assert half.finished(request, ([5, 6, 7],)) == (False, None)
+    assert half.take_step().leases == []
+
+
+@pytest.mark.parametrize("computed", [0, BLOCK])
+def test_offered_kv_is_fetched_once(computed: int) -> None:
+    """What is not here already is fetched, into the request's blocks, and only once."""
+    half = make_half()
+    request = make_request(37, **offer())
+    assert half.matched_tokens(request, computed) == (37 - computed, True)
+    assert half.matched_tokens(request, computed) == (37 - computed, True)
+    half.allocated(request, blocks(3, 4, 9), 37 - computed)
+    (load,) = half.take_step().loads
+    assert load.tokens == range(computed, 37)
+    assert load.block_ids == (3, 4, 9)
+    assert load.remote.request_id == "remote"
+    assert load.prompt_digest == prompt_digest(range(37))
+    half.allocated(request, blocks(3, 4, 9), 0)
+    assert half.matched_tokens(request, 0) == (0, False)
+    step = half.take_step()
+    assert (step.loads, step.releases) == ([], [])
+
+
+def test_what_is_here_already_is_released_there() -> None:
+    """A prompt that the local cache holds whole is not fetched, and its producer is told."""
+    half = make_half()
+    request = make_request(32, **offer(32))
+    assert half.matched_tokens(request, 32) == (0, False)
+    half.allocated(request, blocks(3, 4), 0)
+    step = half.take_step()
+    assert step.loads == []
+    assert [remote.request_id for remote in step.releases] == ["remote"]
+
+
+def test_rejected_request_is_released_there() -> None:
+    """A stand-in that vLLM finishes for a rejected request, with another prompt, releases the prefill too."""
+    half = make_half()
+    stand_in = finish(make_request(1, **offer(37)), 0, "FINISHED_ABORTED")
+    assert half.finished(stand_in, ([],)) == (False, None)
+    assert [remote.tokens for remote in half.take_step().releases] == [37]
+
+
+def test_abort_during_the_fetch_cancels_it() -> None:
+    """A request that is aborted while its KV arrives has its fetch cancelled; afterwards there is nothing to cancel."""
+    half = make_half()
+    for request_id, received in (("a", False), ("b", True)):
+        request = make_request(37, request_id, **offer())
+        half.matched_tokens(request, 0)
+        half.allocated(request, blocks(1, 2, 3), 37)
+        if received:
+            half.received({request_id})
+        half.finished(finish(request, 37, "FINISHED_ABORTED"), ([1, 2, 3],))
+    assert half.take_step().cancelled == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"remote_num_tokens": 36}, id="another-length"),
+        pytest.param({"remote_port": 0}, id="bad-port"),
+        pytest.param({"remote_host": None}, id="no-host"),
+        pytest.param({"kvserve_protocol": 2}, id="another-protocol"),
+        pytest.param({"kvserve_protocol": None}, id="another-connector"),
+    ],
+)
+def test_unusable_offers_are_computed_here(change: dict[str, Any]) -> None:
+    """An offer that can't be this request's KV offers no tokens."""
+    half = make_half()
+    request = make_request(37, **offer(**change))
+    assert half.matched_tokens(request, 0) == (0, False)
+    half.allocated(request, blocks(1, 2, 3), 0)
+    assert half.take_step().loads == []
+
+
+def test_odd_workload_is_the_default() -> None:
+    """A workload class that can't be one counts as the default."""
+    half = make_half()
+    request = finish(make_request(8, do_remote_decode=True), 8)
+    request.sampling_params.extra_args["kvserve_workload"] = "../etc"
+    half.finished(request, ([1],))
+    assert half.take_step().leases[0].workload == "default"

@@ -1,0 +1,164 @@
+"""The table in force, and what it chooses."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvserve_api.errors import StrategyError, UnsupportedError
+from kvserve_api.latency import Link, StageCost, predict, total_s
+from kvserve_api.policy import Mode
+from kvserve_api.selection import Bound
+from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
+from kvserve_api.table import DecisionTable, OnControllerLoss, Version
+from kvserve_connector.coding import known_stages, raw_pipeline
+from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, ReadyTable, Selector
+from tables import candidate, table
+
+MB = 1e6
+FAST, SLOW = Link(bytes_per_s=1e10), Link(bytes_per_s=1e6)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+
+def choose(selector: Selector, link: Link = SLOW, stages: frozenset[str] | None = None) -> Choice:
+    """Choose for a transfer of 10 MB."""
+    return selector.choose(
+        "default",
+        native_bytes=10_000_000,
+        link=link,
+        chunks=6,
+        stages=known_stages() if stages is None else stages,
+    )
+
+
+def in_force(made: DecisionTable) -> Selector:
+    """Return a selector with a table."""
+    selector = Selector()
+    selector.install(ReadyTable.of(made))
+    return selector
+
+
+def test_no_table_means_raw() -> None:
+    """Without a table everything is sent as it is, and the link's prior is 1 Gbit/s."""
+    selector = Selector()
+    choice = choose(selector)
+    assert (choice.selection.profile, choice.selection.bound) == ("none", Bound.NO_TABLE)
+    assert choice.pipeline is raw_pipeline()
+    assert choice.version is None
+    assert selector.prior_bytes_per_s == DEFAULT_BYTES_PER_S
+
+
+def test_choice_follows_link_and_backlog() -> None:
+    """A fast link goes raw, a slow one or one with a queue ahead takes the highest ratio."""
+    selector = in_force(table())
+    assert choose(selector, FAST).selection.profile == "none"
+    assert choose(selector, SLOW).selection.profile == "int4-token"
+    assert choose(selector, SLOW).ratio == 3.6
+    assert choose(selector, SLOW).version == Version(epoch=1, counter=1)
+
+
+def test_renewal_and_expiry() -> None:
+    """A table that was not renewed in time reverts to its fallback if it says so; a renewal of its version counts."""
+    clock = Clock()
+    selector = Selector(clock)
+    made = table(on_controller_loss=OnControllerLoss.REVERT, ttl_s=10.0)
+    selector.install(ReadyTable.of(made))
+    clock.now_s = 9.0
+    selector.renew(Version(epoch=1, counter=7))
+    clock.now_s = 10.5
+    assert selector.age_s == 10.5
+    assert choose(selector).selection.bound == Bound.EXPIRED
+    assert choose(selector).selection.profile == "none"
+    selector.renew(made.version)
+    assert choose(selector).selection.profile == "int4-token"
+
+
+def test_last_good_holds() -> None:
+    """A table that says so holds however long its controller is silent."""
+    clock = Clock()
+    selector = Selector(clock)
+    selector.install(ReadyTable.of(table(ttl_s=1.0)))
+    clock.now_s = 1e6
+    assert choose(selector).selection.profile == "int4-token"
+
+
+def test_consumer_without_the_stages_gets_what_it_can_decode() -> None:
+    """Candidates that the consumer can't decode are no candidates; a pinned one gives way to raw, and that is said."""
+    raw_only = frozenset(raw_pipeline().stage_ids)
+    able = raw_only | frozenset(ReadyTable.of(table()).pipelines["int8-token"].stage_ids)
+    selector = in_force(table())
+    assert choose(selector, SLOW, raw_only).selection.profile == "none"
+    assert choose(selector, SLOW, able).selection.profile in {"int8-token", "int4-token"}
+    pinned = choose(in_force(table(pinned="lossless")), SLOW, raw_only).selection
+    assert (pinned.profile, pinned.wanted, pinned.bound) == ("none", "lossless", Bound.PEER)
+    assert choose(in_force(table(pinned="lossless"))).selection.profile == "lossless"
+
+
+def test_shadow_mode_only_says_what_it_would_do() -> None:
+    """In mode Shadow the transfer is raw and the wanted profile is reported."""
+    selection = choose(in_force(table(mode=Mode.SHADOW))).selection
+    assert (selection.profile, selection.wanted) == ("none", "int4-token")
+
+
+def test_dropped_table_means_raw() -> None:
+    """A pod that no policy wants sends raw again."""
+    selector = in_force(table())
+    selector.drop()
+    assert selector.table is None
+    assert choose(selector).selection.bound == Bound.NO_TABLE
+
+
+def test_unbuildable_tables_are_refused_whole() -> None:
+    """A strategy with an unknown stage, or one that needs a bundle, makes the table unusable here."""
+    unknown = StrategyConfig(
+        parts=tuple(Part(kind=kind, chain=(StageConfig(id="code.magic.v1"),)) for kind in Kind)
+    )
+    candidates = {
+        "none": candidate("none"),
+        "int8-token": candidate("int8-token", strategy=unknown),
+    }
+    with pytest.raises(StrategyError, match=r"code\.magic\.v1"):
+        ReadyTable.of(table(*candidates, candidates=candidates))
+    bundled = {"none": candidate("none"), "lossless": candidate("lossless", bundle="sha256:1")}
+    with pytest.raises(UnsupportedError, match="bundle"):
+        ReadyTable.of(table(*bundled, candidates=bundled))
+
+
+@given(
+    native_bytes=st.integers(1, 10**11),
+    ratio=st.floats(0.5, 50),
+    bytes_per_s=st.floats(1e3, 1e11),
+    backlog_bytes=st.floats(0, 1e11),
+    encode=st.floats(1e6, 1e11),
+    floor_s=st.floats(0, 1),
+    chunks=st.integers(1, 100),
+)
+def test_short_form_of_the_prediction_is_the_prediction(
+    native_bytes: int,
+    ratio: float,
+    bytes_per_s: float,
+    backlog_bytes: float,
+    encode: float,
+    floor_s: float,
+    chunks: int,
+) -> None:
+    """What the selection reckons with is bit by bit what `predict` says in all."""
+    link = Link(bytes_per_s=bytes_per_s, backlog_bytes=backlog_bytes, rtt_s=1e-3)
+    costs = StageCost(floor_s=floor_s, bytes_per_s=encode), StageCost(offset_s=floor_s)
+    whole = predict(
+        native_bytes=native_bytes,
+        ratio=ratio,
+        encode=costs[0],
+        decode=costs[1],
+        link=link,
+        chunks=chunks,
+    )
+    assert total_s(native_bytes, ratio, *costs, link, chunks) == whole.total_s
