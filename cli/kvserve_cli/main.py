@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 
 import click
+
 from kvserve_api.errors import KVServeError, SpecError
 from kvserve_api.names import ExitCode
 

@@ -158,6 +158,7 @@ def test_a_refused_job_is_told(alone: Api, start_operator: StartOperator) -> Non
     operator.end()
 
 
+@pytest.mark.slow
 def test_one_of_two_leads(alone: Api, start_operator: StartOperator) -> None:
     """Of two operators one writes; when it ends in order, the other goes on within a few seconds."""
     first = start_operator(alone.namespace)

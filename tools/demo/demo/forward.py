@@ -31,15 +31,19 @@ def forward(cluster: Cluster, target: str, port: int, *, namespace: str) -> Iter
     process = subprocess.Popen(
         command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
+    # kubectl stops when nobody reads what it prints for each connection
+    reader = threading.Thread(target=process.stdout.read, daemon=True)
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         match = _READY.search(line)
         if match is None:
             raise RuntimeError(f"kubectl port-forward {target} failed: {line.strip()}")
-        # kubectl stops when nobody reads what it prints for each connection
-        threading.Thread(target=process.stdout.read, daemon=True).start()
+        reader.start()
         yield f"http://127.0.0.1:{match[1]}"
     finally:
         process.terminate()
         process.wait(timeout=10)
+        if reader.ident is not None:
+            reader.join()
+        process.stdout.close()
