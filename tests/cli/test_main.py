@@ -10,7 +10,9 @@ KVSERVE = Path(sys.executable).with_name("kvserve")
 def test_help_lists_the_commands_of_every_part() -> None:
     """Every part's command is listed by one console script."""
     done = subprocess.run([KVSERVE, "--help"], capture_output=True, text=True, check=True)
-    commands = {line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line}
+    commands = {
+        line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line
+    }
     assert commands == {"controller", "operator", "profile", "strategies"}
 
 

@@ -32,7 +32,7 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "control_endpoint": f"127.0.0.1:{controller.port}",
         "policy": "default/chat",
         "timeout_s": TIMEOUT_S,
-        "stall_s": 2.0,
+        "stall_s": 4.0,
         "lease_s": LEASE_S,
         "chunk_layers": 1,
     }

@@ -51,7 +51,7 @@ def look(*specs: Any, **parallel: int) -> Engine:
         kv_transfer_config=SimpleNamespace(engine_id="e-1"),
     )
     cache_config = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups)
-    return inspect(config, cache_config)  # type: ignore[arg-type]
+    return inspect(config, cache_config)
 
 
 def test_facts_of_a_plain_engine() -> None:

@@ -50,4 +50,3 @@ def test_a_part_imports_without_what_its_image_lacks(package: str, absent: tuple
         [sys.executable, "-c", block], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-
