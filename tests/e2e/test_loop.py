@@ -27,6 +27,7 @@ from testcluster.cluster import Cluster, existing_cluster
 from testcluster.errors import UnavailableHereError
 
 ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = 5
 KINDS = "jobs,configmaps,serviceaccounts,roles,rolebindings,pods"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -72,7 +73,7 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             slow_mbit=50,
             max_tokens=8,
             otlp_endpoint=receiver.endpoint,
-            prompts=3,
+            prompts=PROMPTS,
         )
         model = chat.convert_model(ROOT)
         cluster.kubectl("create", "namespace", NAMESPACE)
@@ -89,18 +90,19 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     ratios = {row["profile"]: row["ratio"] for row in loop.report["pareto"]}
     raw, slow_raw, *ours = loop.report["phases"]
     for phase in (raw, slow_raw):
-        assert phase["profiles"] == {"none": 3}
+        assert phase["profiles"] == {"none": PROMPTS}
         assert phase["bytes_raw"] <= phase["bytes_wire"] < 1.01 * phase["bytes_raw"]
     fast, slow, again = ours
     for phase in ours:
-        assert sum(phase["profiles"].values()) == 3
+        assert sum(phase["profiles"].values()) == PROMPTS
         assert phase["bytes_raw"] == raw["bytes_raw"]
         assert phase["bytes_wire"] < phase["bytes_raw"]
     strongest = max(slow["profiles"], key=lambda name: ratios[name])
     assert slow["bytes_wire"] < fast["bytes_wire"]
-    assert slow["bytes_wire"] < again["bytes_wire"]
-    assert ratios[strongest] > min(ratios[name] for name in fast["profiles"])
-    assert loop.report["profile_switches"], "the status tells no switch"
+    # a rise is seen by the transfers after it: the first of them still go by the slow link
+    for phase in (fast, again):
+        assert ratios[strongest] > min(ratios[name] for name in phase["profiles"])
+    assert "LinkSlower" in {switch["reason"] for switch in loop.report["profile_switches"]}
 
 
 def test_every_profile_in_use_is_within_the_budget(loop: Loop) -> None:
@@ -196,9 +198,14 @@ def test_a_killed_controller_loses_no_request(loop: Loop) -> None:
 
 
 def test_a_killed_operator_starts_no_second_run(loop: Loop) -> None:
-    """After the operator was killed and is back, the policy has the same children and the same generation of status."""
-    before = loop.children()
-    conditions = loop.policy()["status"]["conditions"]
+    """After the operator was killed and is back, its policy has the same children and the same conditions."""
+
+    def conditions() -> list[dict[str, Any]]:
+        theirs = ("Programmed", "ObjectivesMet")  # the controller's
+        found = loop.policy()["status"]["conditions"]
+        return [condition for condition in found if condition["type"] not in theirs]
+
+    before, conditions_before = loop.children(), conditions()
     loop.cluster.kubectl(
         "delete", "pod", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator",
         "--grace-period=0", "--force",
@@ -209,7 +216,7 @@ def test_a_killed_operator_starts_no_second_run(loop: Loop) -> None:
     )  # fmt: skip
     time.sleep(5.0)
     assert loop.children() == before
-    assert loop.policy()["status"]["conditions"] == conditions
+    assert conditions() == conditions_before
 
 
 def test_helm_test_passes(loop: Loop) -> None:
