@@ -76,7 +76,6 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             prompts=PROMPTS,
         )
         model = chat.convert_model(ROOT)
-        cluster.kubectl("create", "namespace", NAMESPACE)
         chat.apply(cluster, [chat.volume(model, NAMESPACE)], NAMESPACE)
         with Path(os.devnull).open("w") as nowhere:
             report = Job(settings, Console(file=nowhere)).run_on(cluster, shaped=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from demo import report
 from demo.job import Job, Settings
 from kvserve_api.errors import KVServeError
-from testcluster.errors import ClusterError
+from testcluster.errors import ClusterError, UnavailableHereError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -44,6 +44,12 @@ def main(out: Path, fast_mbit: int, slow_mbit: int, max_tokens: int, otlp_endpoi
     except KeyboardInterrupt:
         console.print(f"[yellow]interrupted; the cluster is down. Logs: {out / 'logs'}")
         sys.exit(130)
+    except UnavailableHereError as error:
+        console.print(f"[red]the demo can't run here:[/] {error}", highlight=False)
+        console.print(
+            "To use a cluster you have: KUBECONFIG=… KVSERVE_EXISTING_CLUSTER=1 make demo"
+        )
+        sys.exit(1)
     except (KVServeError, ClusterError, RuntimeError, TimeoutError) as error:
         console.print(f"[red]the demo failed:[/] {error}", highlight=False)
         console.print(f"the cluster is down. Logs: {out / 'logs'}")

@@ -1,6 +1,5 @@
 """The steps of the main job, in order, each with its progress on the terminal."""
 
-import contextlib
 import json
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from testcluster import ClusterSpec, hostpods, start
 from testcluster.cluster import Cluster, existing_cluster
 
 SYSTEM = "kvserve-system"
-NAMESPACE = "chat"
+NAMESPACE = "kvserve-demo"
 POLICY = "chat"
 MEGABIT_BYTES = 125_000
 
@@ -80,13 +79,15 @@ class Job:
             self.console.print(
                 "Using the cluster of KUBECONFIG: its links can't be shaped from here."
             )
-            return self.run_on(existing, shaped=False)
+            result = self.run_on(existing, shaped=False)
+            self.console.print(
+                f"To remove it: kubectl delete namespace {NAMESPACE}; helm uninstall kvserve -n {SYSTEM}"
+            )
+            return result
         model = self._step("model", lambda: chat.convert_model(self.settings.root))
         spec = ClusterSpec(nodes=1, keep_logs=self.settings.out / "logs")
         with self._step("cluster", lambda: start(spec)) as cluster:
-            chat_volume = chat.volume(model, NAMESPACE)
-            cluster.kubectl("create", "namespace", NAMESPACE)
-            chat.apply(cluster, [chat_volume], NAMESPACE)
+            chat.apply(cluster, [chat.volume(model, NAMESPACE)], NAMESPACE)
             return self.run_on(cluster, shaped=True)
 
     def run_on(self, cluster: Cluster, *, shaped: bool) -> dict[str, Any]:
@@ -96,6 +97,8 @@ class Job:
             cluster: Where to run; it is left as it is then, with everything installed.
             shaped: It is ours: its links can be shaped, and its pods run from this machine's environment.
         """
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+        chat.apply(cluster, [namespace], NAMESPACE)
         self._step("helm install kvserve helm/kvserve", lambda: self._install(cluster, shaped))
         self._serve(cluster, on_host=shaped)
         fast, slow = (self.settings.fast_mbit, self.settings.slow_mbit) if shaped else (None, None)
@@ -130,9 +133,6 @@ class Job:
         )  # fmt: skip
 
     def _serve(self, cluster: Cluster, *, on_host: bool) -> None:
-        if not on_host:
-            with contextlib.suppress(Exception):
-                cluster.kubectl("create", "namespace", NAMESPACE)
         files = ["model-pvc.yaml", "serving.yaml"] if on_host else [
             "model-pvc.yaml", "model-download.yaml", "serving.yaml",
         ]  # fmt: skip
