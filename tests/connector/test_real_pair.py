@@ -322,6 +322,12 @@ def test_killed_producer_is_recomputed(real_pair: RealPair) -> None:
     )
     try:
         producer.wait_ready()
+        # its first transfer may be slow while the engine warms up beside it; the one that is cut must be under way
+        first = make_prompt(200, seed=199)
+        params = prefill(producer, first)
+        assert real_pair.consumer.text(first, kv_transfer_params=params) == real_pair.consumer.text(
+            first
+        )
         # more than sockets can hold: the kernel delivers what a dead process has written
         prompt = make_prompt(1600, seed=200)
         alone = real_pair.consumer.text(prompt)

@@ -44,11 +44,11 @@ async def test_directories_end_to_end(controller_process: Process) -> None:
         assert (producer.pushed, decoder.pushed) == ([], [])
         process.write_set()
         await until(lambda: producer.table and decoder.table)
-        assert (await process.status())["conditions"][0]["reason"] == "Acknowledged"
+        await wait_for(lambda: has_reason(process, "Acknowledged"))
 
         process.write_policy(control={"mode": "Pinned", "pinnedProfile": "int8"})
         await until(lambda: producer.table and producer.table.pinned == "int8")
-        assert (await process.status())["activeProfile"]["name"] == "int8"
+        await wait_for(lambda: has_active(process, "int8"))
 
         (process.policies / "chat.yaml").write_text("kind: KVServePolicy")
         await wait_for(lambda: has_reason(process, "InvalidPolicy"))
@@ -62,6 +62,11 @@ async def test_directories_end_to_end(controller_process: Process) -> None:
     assert [record["cause"] for record in compiled] == ["Started", "PolicyChanged"]
     assert compiled[0]["rules"]["default"]["candidates"] == ["rans", "int4", "int8", "none"]
     assert compiled[0]["pareto_digest"].startswith("sha256:")
+
+
+async def has_active(process: Process, name: str) -> bool:
+    """Tell whether a profile is the policy's active one."""
+    return bool((await process.status())["activeProfile"]["name"] == name)
 
 
 async def has_reason(process: Process, reason: str) -> bool:

