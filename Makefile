@@ -6,12 +6,12 @@ PY := .venv/bin/python
 STAMP := .venv/.synced
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup setup-cluster lint format test test-fast demo cluster-up cluster-down lock proto crds clean
+.PHONY: help setup native setup-cluster lint format test test-fast bench-codec demo cluster-up cluster-down lock proto crds clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Make the environment (3.3 GB download, about a minute)
+setup: native ## Make the environment (3.3 GB download, about a minute)
 
 $(STAMP): requirements/dev.lock pyproject.toml
 	tools/system-packages
@@ -20,7 +20,10 @@ $(STAMP): requirements/dev.lock pyproject.toml
 	.venv/bin/uv pip sync -q --compile-bytecode --python $(PY) requirements/dev.lock
 	touch $@
 
-setup-cluster: $(STAMP) ## Build the test Kubernetes (about ten minutes the first time; cached outside the clone)
+native: $(STAMP) ## Compile the C kernels, unless they are there; without a compiler numba does their work
+	$(PY) -m kvserve_kernels.native
+
+setup-cluster: native ## Build the test Kubernetes (about ten minutes the first time; cached outside the clone)
 	$(PY) -m testcluster build
 
 lint: $(STAMP) ## Format check, lint, types, import contracts
@@ -38,6 +41,9 @@ test: setup-cluster lint ## Set everything up and run all tests
 
 test-fast: setup-cluster ## The tests that run on every change (under three minutes)
 	.venv/bin/pytest -m "not slow"
+
+bench-codec: $(STAMP) ## Measure our codecs beside peers' own code and draw the frontier (says how long; QUICK=1: two minutes)
+	$(PY) benchmarks/codec_peers.py
 
 demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
 	$(PY) -m demo

@@ -2,7 +2,7 @@
 #   docker build -f docker/operator.Dockerfile -t kvserve/operator:0.1.0 .
 FROM python:3.11-slim AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY api api
 COPY kernels kernels
 COPY strategies strategies

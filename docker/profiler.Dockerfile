@@ -1,8 +1,10 @@
 # The profiling Job, from the repository's root:
 #   docker build -f docker/profiler.Dockerfile -t kvserve/profiler:0.1.0 .
 FROM python:3.11-slim AS wheel
+# for the native kernels; without a compiler the wheel has none and numba does their work
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY api api
 COPY kernels kernels
 COPY strategies strategies

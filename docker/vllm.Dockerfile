@@ -4,8 +4,10 @@
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM python:3.11-slim AS wheel
+# for the native kernels; without a compiler the wheel has none and numba does their work
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY api api
 COPY kernels kernels
 COPY strategies strategies

@@ -62,7 +62,18 @@ def test_wheel_stage_has_every_package(path: Path) -> None:
     copied = {source for rest in of(path, "COPY") for source in rest.split()[:-1]}
     packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     files = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
-    assert {package.partition("/")[0] for package in packages} | files == copied
+    hook = {"hatch_build.py"}
+    assert {package.partition("/")[0] for package in packages} | files | hook == copied
+
+
+@pytest.mark.parametrize("path", DOCKER, ids=lambda path: path.stem)
+def test_compiler_where_kernels_run(path: Path) -> None:
+    """The wheels of the images that compress are built with a compiler; no final image has one."""
+    stages = path.read_text().split("\nFROM ")
+    with_compiler = ["apt-get install" in stage and " gcc " in stage for stage in stages]
+    compresses = EXTRAS[path.stem] in ("profiler", "connector")
+    assert [found for found in with_compiler if found] == [True] * compresses
+    assert not with_compiler[-1]
 
 
 @pytest.mark.parametrize("path", DOCKER, ids=lambda path: path.stem)

@@ -1,6 +1,8 @@
 """The wheel, installed with each extra into a clean environment, starts its entry point."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from kvserve_kernels.native.build import library_path
 
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.prefix) / "bin" / "uv"
@@ -100,6 +104,69 @@ def test_wheel_holds_the_packages(wheel: Path) -> None:
         assert f"{package}/py.typed" in names
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
         assert {f"{package}/{path.relative_to(folder)}" for path in files} <= names
+
+
+def test_wheel_is_for_its_platform(wheel: Path) -> None:
+    """With a compiler the wheel carries the native kernels and is for any Python 3 on this kind of machine."""
+    assert re.fullmatch(r"kvserve-[^-]+-py3-none-manylinux_2_17_x86_64\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    found = [name for name in names if name.endswith(".so")]
+    assert found == [f"kvserve_kernels/native/{library_path().name}"]
+
+
+def test_wheel_without_a_compiler(tmp_path: Path) -> None:
+    """Where there is no compiler the wheel is pure, says so, and numba does the work with the same bytes."""
+    folder = tmp_path / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, str(folder)],
+        env=os.environ | {"CC": "no-such-compiler"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no C compiler: no-such-compiler is not there" in done.stdout + done.stderr
+    (made,) = tmp_path.glob("*.whl")
+    assert made.name.endswith("-py3-none-any.whl")
+    unpacked = tmp_path / "unpacked"
+    zipfile.ZipFile(made).extractall(unpacked)
+    assert not list(unpacked.rglob("*.so"))
+    code = (
+        "import numpy as np\n"
+        "import kvserve_kernels\n"
+        "from kvserve_kernels import ladder, rans\n"
+        "from kvserve_kernels.native import simd\n"
+        "values = (np.arange(6400).reshape(16, 400) % 9 - 4).astype(np.int16)\n"
+        "ids, coded = ladder.encode(values, ladder.live(values), 4)\n"
+        "print(kvserve_kernels.__file__, simd().name)\n"
+        "print(*[words.tobytes().hex() for words in coded.words])\n"
+    )
+    outputs = []
+    for path in (str(unpacked), ""):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": path, "KVSERVE_SIMD": ""},
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        outputs.append(done.stdout.splitlines())
+    assert outputs[0][0] == f"{unpacked}/kvserve_kernels/__init__.py NUMBA"
+    assert not outputs[1][0].endswith("NUMBA")
+    assert outputs[0][1] == outputs[1][1]
 
 
 def test_without_an_extra(wheel: Path, tmp_path: Path) -> None:

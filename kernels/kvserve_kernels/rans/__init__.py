@@ -10,6 +10,7 @@ from kvserve_kernels.rans.rans_cpu import (
     slot_tables,
 )
 from kvserve_kernels.rans.symbols_cpu import merge, plane_words, split
+from kvserve_kernels.rans.values import Coded, Tables, decode_values, encode_values, streams
 
 __all__ = [
     "LANES",
@@ -17,13 +18,18 @@ __all__ = [
     "MAX_SYMBOLS",
     "MAX_TABLES",
     "TOTAL",
+    "Coded",
     "Model",
+    "Tables",
     "assign",
     "build",
     "decode",
+    "decode_values",
     "encode",
+    "encode_values",
     "merge",
     "plane_words",
     "slot_tables",
     "split",
+    "streams",
 ]

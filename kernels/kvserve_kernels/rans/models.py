@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvserve_kernels.jit import njit
+from kvserve_kernels.native import Simd, coder, simd
 from kvserve_kernels.rans.rans_cpu import MAX_SYMBOLS, TOTAL
 
 MAX_TABLES = 16
@@ -17,6 +18,8 @@ MAX_LOW_BITS = 11
 _VALUES_PER_TABLE = 16_384
 ESCAPE_BITS = 16
 _BIT = 4096
+# histograms that stay in the nearest caches have more counters for a value
+_NARROW = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +70,12 @@ def _extremes(values):  # type: ignore[no-untyped-def]
 
 @njit
 def _histograms(values, tables, least, out):  # type: ignore[no-untyped-def]
-    # two counters in turn: neighbours are often equal, and an increment would wait for the one before
+    # some counters in turn: neighbours are often equal, and an increment would wait for the one before
     for c in range(values.shape[0]):
         row = out[tables[c]]
+        last = row.shape[0] - 1
         for t in range(values.shape[1]):
-            row[t & 1, np.int64(values[c, t]) - least] += 1
+            row[t & last, np.int64(values[c, t]) - least] += 1
 
 
 def assign(values: NDArray[np.int16], max_tables: int) -> NDArray[np.uint8]:
@@ -96,8 +100,17 @@ def assign(values: NDArray[np.int16], max_tables: int) -> NDArray[np.uint8]:
 def build(values: NDArray[np.int16], tables: NDArray[np.uint8]) -> list[Model]:
     """Return one model for each table, fitted to the channels that use it."""
     least, most = _extremes(values)
-    counts = np.zeros((int(tables.max()) + 1, 2, int(most) - int(least) + 1), np.int64)
-    _histograms(values, tables, int(least), counts)
+    width = int(most) - int(least) + 1
+    ways = 8 if width <= _NARROW else 2
+    counts = np.zeros((int(tables.max()) + 1, ways, width), np.int64)
+    library = coder()
+    if library is None or simd() == Simd.NUMBA:
+        _histograms(values, tables, int(least), counts)
+    else:
+        library.kvserve_histograms(
+            values.ctypes.data, *values.shape, tables.ctypes.data, int(least), ways, width,
+            counts.ctypes.data,
+        )  # fmt: skip
     return [_fit(row, int(least)) for row in counts.sum(axis=1)]
 
 

@@ -1,0 +1,118 @@
+/* Transposition of matrices of 8- and 16-bit integers, and histograms: what stands before and after the coder. */
+#include "rans.h"
+
+#if defined(__x86_64__) && !defined(KVSERVE_PORTABLE_ONLY)
+#include <emmintrin.h>
+#define TILE 8
+
+static inline __m128i load_row(const void *from, int width)
+{
+    if (width == 1)
+        return _mm_unpacklo_epi8(_mm_loadl_epi64(from), _mm_setzero_si128());
+    return _mm_loadu_si128(from);
+}
+
+static inline void store_row(void *to, int width, __m128i row)
+{
+    if (width == 1)
+        /* without the mask it would saturate */
+        _mm_storel_epi64(to, _mm_packus_epi16(_mm_and_si128(row, _mm_set1_epi16(255)), row));
+    else
+        _mm_storeu_si128(to, row);
+}
+
+/* 8 x 8; strides in bytes. */
+static inline void tile(
+    const uint8_t *from, int64_t from_stride, int from_width, uint8_t *to, int64_t to_stride, int to_width)
+{
+    __m128i a[TILE], b[TILE];
+    for (int i = 0; i < TILE; i++)
+        a[i] = load_row(from + i * from_stride, from_width);
+    for (int i = 0; i < TILE; i += 2) {
+        b[i] = _mm_unpacklo_epi16(a[i], a[i + 1]);
+        b[i + 1] = _mm_unpackhi_epi16(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < TILE; i += 4)
+        for (int k = 0; k < 2; k++) {
+            a[i + 2 * k] = _mm_unpacklo_epi32(b[i + k], b[i + k + 2]);
+            a[i + 2 * k + 1] = _mm_unpackhi_epi32(b[i + k], b[i + k + 2]);
+        }
+    for (int k = 0; k < 4; k++) {
+        store_row(to + 2 * k * to_stride, to_width, _mm_unpacklo_epi64(a[k], a[k + 4]));
+        store_row(to + (2 * k + 1) * to_stride, to_width, _mm_unpackhi_epi64(a[k], a[k + 4]));
+    }
+}
+#else
+#define TILE (1 << 30)
+static inline void tile(
+    const uint8_t *from, int64_t from_stride, int from_width, uint8_t *to, int64_t to_stride, int to_width)
+{
+    (void)from, (void)from_stride, (void)from_width, (void)to, (void)to_stride, (void)to_width;
+}
+#endif
+
+static inline uint16_t load_one(const uint8_t *from, int width)
+{
+    uint16_t value = *from;
+    if (width == 2)
+        memcpy(&value, from, 2);
+    return value;
+}
+
+static inline __attribute__((always_inline)) void transpose_as(
+    const uint8_t *in, int64_t rows, int64_t columns, const int from_width, uint8_t *out, const int to_width)
+{
+    const int64_t whole_rows = rows / TILE * TILE, whole_columns = columns / TILE * TILE;
+    /* 32 rows at a time, so that whole cache lines of the result are written together */
+    for (int64_t block = 0; block < whole_rows; block += 32) {
+        const int64_t stop = block + 32 < whole_rows ? block + 32 : whole_rows;
+        for (int64_t j = 0; j < whole_columns; j += TILE)
+            for (int64_t i = block; i < stop; i += TILE)
+                tile(
+                    in + (i * columns + j) * from_width, columns * from_width, from_width,
+                    out + (j * rows + i) * to_width, rows * to_width, to_width);
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++) {
+            const uint16_t value = load_one(in + (i * columns + j) * from_width, from_width);
+            memcpy(out + (j * rows + i) * to_width, &value, (size_t)to_width);
+        }
+}
+
+/* [batch, rows, columns] to [batch, columns, rows], widths in bytes: 1 (unsigned) or 2. */
+void kvserve_transpose(
+    const uint8_t *in, int64_t batch, int64_t rows, int64_t columns, int from_width, uint8_t *out, int to_width)
+{
+    const int64_t count = rows * columns;
+    for (int64_t b = 0; b < batch; b++) {
+        const uint8_t *i = in + b * count * from_width;
+        uint8_t *o = out + b * count * to_width;
+        if (from_width == 1 && to_width == 1)
+            transpose_as(i, rows, columns, 1, o, 1);
+        else if (from_width == 1)
+            transpose_as(i, rows, columns, 1, o, 2);
+        else if (to_width == 1)
+            transpose_as(i, rows, columns, 2, o, 1);
+        else
+            transpose_as(i, rows, columns, 2, o, 2);
+    }
+}
+
+/* counts: [tables][ways][width], ways a power of two; added up by the caller. Neighbours are often equal, and an
+ * increment would wait for the one before. */
+void kvserve_histograms(
+    const int16_t *values, int64_t channels, int64_t tokens, const uint8_t *ids, int32_t least, int64_t ways,
+    int64_t width, int64_t *counts)
+{
+    for (int64_t c = 0; c < channels; c++) {
+        const int16_t *row = values + c * tokens;
+        int64_t *own = counts + ids[c] * ways * width;
+        int64_t t = 0;
+        if (ways == 8)
+            for (; t + 8 <= tokens; t += 8)
+                for (int way = 0; way < 8; way++)
+                    own[way * width + row[t + way] - least]++;
+        for (; t < tokens; t++)
+            own[(t & (ways - 1)) * width + row[t] - least]++;
+    }
+}
