@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvserve_kernels.jit import njit
+from kvserve_kernels.native import Simd, coder, simd
 
 
 @njit
@@ -23,5 +24,13 @@ def _transpose(x, out):  # type: ignore[no-untyped-def]
 def transpose(x: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
     """Swap the last two dimensions of ``[batch, rows, columns]`` and convert to an integer type."""
     out = np.empty((x.shape[0], x.shape[2], x.shape[1]), dtype)
-    _transpose(x, out)
+    library = coder()
+    narrow = {np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.uint16)}
+    if library is None or simd() == Simd.NUMBA or not {x.dtype, out.dtype} <= narrow:
+        _transpose(x, out)
+    else:
+        x = np.ascontiguousarray(x)
+        library.kvserve_transpose(
+            x.ctypes.data, *x.shape, x.itemsize, out.ctypes.data, out.itemsize
+        )
     return out
