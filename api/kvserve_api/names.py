@@ -24,6 +24,11 @@ RUN_PROGRESS_KEY: Final = "progress.json"
 RUN_TRIALS_KEY: Final = "trials.jsonl"
 """In a run's ConfigMap, written by the Job: one line a finished trial, from which a new pod resumes."""
 
+ENV_ARTIFACTS: Final = "KVSERVE_ARTIFACTS"
+"""Environment variable with the URL of the store of calibration bundles, of the profiling Job and of serving pods."""
+ENV_CALIBRATION_TOKENS: Final = "KVSERVE_CALIBRATION_TOKENS"
+"""Environment variable with the number of tokens that a run calibrates with; unset for as many as the recipe takes."""
+
 XARG_WORKLOAD: Final = "kvserve_workload"
 """In a request's ``vllm_xargs``: its workload class."""
 

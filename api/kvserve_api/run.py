@@ -44,6 +44,7 @@ class RunInputs:
         max_trials: Most strategies to measure.
         image: The image of the profiler, because another version may measure differently; empty outside a cluster.
         seed: Of everything random.
+        artifacts: URL of the store that calibration bundles go to; empty without one, then nothing is calibrated.
     """
 
     policy: str
@@ -54,6 +55,7 @@ class RunInputs:
     max_trials: int
     image: str = ""
     seed: int = 0
+    artifacts: str = ""
 
     def __post_init__(self) -> None:
         if DEFAULT_CLASS not in self.classes:
@@ -68,8 +70,9 @@ class RunInputs:
         return digest(value)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the inputs as an object."""
-        return {
+        """Return the inputs as an object; without a store, as if there was no such thing."""
+        store = {"artifacts": self.artifacts} if self.artifacts else {}
+        return store | {
             "schema": SCHEMA,
             "policy": self.policy,
             "model": self.model,
@@ -90,7 +93,12 @@ class RunInputs:
 
     @classmethod
     def of_policy(
-        cls, policy: Policy, *, text_digests: Mapping[str, str | None], image: str = ""
+        cls,
+        policy: Policy,
+        *,
+        text_digests: Mapping[str, str | None],
+        image: str = "",
+        artifacts: str = "",
     ) -> Self:
         """Return the inputs of a policy's run.
 
@@ -98,6 +106,7 @@ class RunInputs:
             policy: The policy.
             text_digests: For each workload class the digest of its evaluation text, None for the built-in corpus.
             image: The image of the profiler.
+            artifacts: URL of the artifact store, or empty.
         """
         source = policy.model.source
         return cls(
@@ -111,6 +120,7 @@ class RunInputs:
             },
             max_trials=policy.profiling.max_trials,
             image=image,
+            artifacts=artifacts,
         )
 
     @classmethod
@@ -144,6 +154,7 @@ class RunInputs:
             max_trials=fields.integer("max_trials", minimum=1, maximum=4096),
             image=fields.string("image", ""),
             seed=fields.integer("seed", 0, minimum=0),
+            artifacts=fields.string("artifacts", "", max_length=2048),
         )
         fields.done()
         return inputs

@@ -34,6 +34,7 @@ class Commands(click.Group):
 def _missing(name: str, module: str, error: ModuleNotFoundError) -> click.Command:
     extra = module.partition(".")[0].removeprefix("kvserve_")
     extra = "connector" if extra == "strategies" else extra
+    extra = "calibrate" if module.startswith("kvserve_strategies.calibration") else extra
     text = f"needs the Python package {error.name!r}: pip install 'kvserve[{extra}]'"
 
     @click.command(name, help=f"(not installed: {text})", add_help_option=False)

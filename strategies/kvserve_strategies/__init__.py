@@ -12,7 +12,7 @@ from kvserve_strategies.blob import (
     max_blob_nbytes,
     peek_header,
 )
-from kvserve_strategies.pipeline import Pipeline
+from kvserve_strategies.pipeline import Pipeline, Place, config_needs_bundle
 from kvserve_strategies.presets import PRESETS, preset
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "DecodedBlob",
     "Expectation",
     "Pipeline",
+    "Place",
+    "config_needs_bundle",
     "decode_blob",
     "encode_blob",
     "max_blob_nbytes",

@@ -1,12 +1,13 @@
 """Blobs: a piece of a request's KV, coded, with all that a decoder must know and check."""
 
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
 
-from kvserve_api.errors import StrategyError, WireError, WireReason
+from kvserve_api.errors import ArtifactError, StrategyError, WireError, WireReason
 from kvserve_api.wire import (
     MAX_HEADER_NBYTES,
     PREFIX_NBYTES,
@@ -16,7 +17,8 @@ from kvserve_api.wire import (
     KVLayout,
 )
 from kvserve_kernels.checksum import checksum
-from kvserve_strategies.pipeline import Pipeline, own_bytes, payload_nbytes, write_payload
+from kvserve_strategies.bundle import Bundle
+from kvserve_strategies.pipeline import Pipeline, Place, own_bytes, payload_nbytes, write_payload
 from kvserve_strategies.values import dtype_name
 
 _DTYPES: Final = {
@@ -24,6 +26,12 @@ _DTYPES: Final = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+FindBundle: TypeAlias = Callable[[str], Bundle | None]
+"""Returns the bundle of a digest from among those that may be used; must not fetch on a blob's word."""
+
+
+def no_bundle(digest: str) -> None:
+    """Find no bundle: only strategies that need none are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +44,7 @@ class Expectation:
         layers: The layers it wants.
         tokens: The tokens it wants.
         max_bytes: Most bytes of the whole blob.
+        bundles: Finds the calibration bundles that may be used.
     """
 
     model_fingerprint: str
@@ -43,6 +52,7 @@ class Expectation:
     layers: range
     tokens: range
     max_bytes: int
+    bundles: FindBundle = no_bundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +81,7 @@ def encode_blob(
     layout: KVLayout,
     layers: range,
     tokens: range,
+    tokens_after: int = 0,
 ) -> memoryview:
     """Return the blob of a piece of KV.
 
@@ -82,14 +93,18 @@ def encode_blob(
         layout: Of the whole cache.
         layers: Which layers of the cache these are.
         tokens: Which tokens of the request these are.
+        tokens_after: How many tokens of the request follow them, if more are sent; it helps to judge what matters.
 
     Raises:
         ValuesError: The strategy is lossy and can't carry these values; send them by a lossless one.
-        SpecError: Tensors, layout and ranges do not belong together.
+        SpecError: Tensors, layout and ranges do not belong together, or the strategy's bundle is of another model.
     """
+    bundle = pipeline.bundle
+    if bundle is not None:
+        check_bundle(bundle, model_fingerprint, layout)
     header = BlobHeader(
         strategy=pipeline.config,
-        bundle=None,
+        bundle=None if bundle is None else bundle.digest,
         model_fingerprint=model_fingerprint,
         layout=layout,
         layers=layers,
@@ -101,7 +116,9 @@ def encode_blob(
             "keys",
             f"must be {shape} {layout.dtype}, got {tuple(keys.shape)} {dtype_name(keys.dtype)}",
         )
-    sections = pipeline.encode_sections(keys, values)
+    sections = pipeline.encode_sections(
+        keys, values, at=replace(_place(header), tokens_after=tokens_after)
+    )
     nbytes = payload_nbytes(sections)
     offset = len(header.pack(payload_nbytes=nbytes, payload_xxh64=0))
     out = np.empty(offset + nbytes, np.uint8)
@@ -149,14 +166,27 @@ def decode_blob(buffer: Buffer, *, expect: Expectation) -> DecodedBlob:
     payload = own_bytes(view[prefix.payload_offset :])
     if checksum(payload) != prefix.payload_xxh64:
         raise WireError(WireReason.CHECKSUM_MISMATCH, "the payload was altered on its way")
-    try:
-        pipeline = Pipeline.of(header.strategy)
-    except StrategyError as error:
-        raise WireError(
-            WireReason.STRATEGY_MISMATCH, f"the strategy can't be built here: {error}"
-        ) from error
     shape = (len(header.layers), len(header.tokens), header.layout.kv_heads, header.layout.head_dim)
-    keys, values = pipeline.decode(payload.data, shape=shape, dtype=_DTYPES[header.layout.dtype])
+    dtype = _DTYPES[header.layout.dtype]
+    try:
+        bundle = None if header.bundle is None else expect.bundles(header.bundle)
+        if header.bundle is not None and bundle is None:
+            raise WireError(
+                WireReason.BUNDLE_MISMATCH,
+                f"needs the calibration bundle {header.bundle}, which is not loaded here",
+            )
+        if bundle is not None:
+            check_bundle(bundle, header.model_fingerprint, header.layout)
+        pipeline = Pipeline.of(header.strategy, bundle)
+        if pipeline.calibrated != (bundle is not None):
+            raise WireError(
+                WireReason.BUNDLE_MISMATCH, "a bundle is named without need, or missing"
+            )
+        keys, values = pipeline.decode(payload.data, shape=shape, dtype=dtype, at=_place(header))
+    except (StrategyError, ArtifactError) as error:
+        raise WireError(
+            WireReason.STRATEGY_MISMATCH, f"the strategy can't be used here: {error}"
+        ) from error
     return DecodedBlob(keys=keys, values=values, header=header, strategy_digest=pipeline.digest)
 
 
@@ -181,15 +211,38 @@ def check_header(header: BlobHeader, expect: Expectation) -> None:
         raise WireError(
             WireReason.RANGE_MISMATCH, f"tokens {header.tokens}, asked for {expect.tokens}"
         )
-    if header.bundle is not None:
-        raise WireError(WireReason.BUNDLE_MISMATCH, f"needs the calibration bundle {header.bundle}")
 
 
-def max_blob_nbytes(pipeline: Pipeline, *, layout: KVLayout, layers: int, tokens: int) -> int:
-    """Return the most bytes a blob of so many layers and tokens can have."""
+def check_bundle(bundle: Bundle, model_fingerprint: str, layout: KVLayout) -> None:
+    """Refuse a bundle of another model; a cache of another dtype is fine.
+
+    Raises:
+        StrategyError: It is.
+    """
+    ours = (layout.layers, layout.kv_heads, layout.head_dim)
+    theirs = (bundle.layout.layers, bundle.layout.kv_heads, bundle.layout.head_dim)
+    if bundle.model_fingerprint != model_fingerprint or ours != theirs:
+        raise StrategyError(
+            "bundle",
+            f"{bundle.digest} was calibrated on {bundle.model_fingerprint} with (layers, KV heads, "
+            f"head size) {theirs}; the cache is of {model_fingerprint} with {ours}",
+        )
+
+
+def _place(header: BlobHeader) -> Place:
+    return Place(
+        first_layer=header.layers.start,
+        model_layers=header.layout.layers,
+        first_token=header.tokens.start,
+    )
+
+
+def max_blob_nbytes(pipeline: Pipeline, *, layout: KVLayout, layers: range, tokens: range) -> int:
+    """Return the most bytes a blob of these layers and tokens can have."""
     payload = pipeline.max_encoded_nbytes(
-        layers=layers,
-        tokens=tokens,
+        layers=len(layers),
+        tokens=len(tokens),
+        at=Place(first_layer=layers.start, model_layers=layout.layers, first_token=tokens.start),
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         dtype=_DTYPES[layout.dtype],

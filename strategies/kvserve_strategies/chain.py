@@ -1,14 +1,29 @@
 """A chain of stages that is known to work."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 import kvserve_strategies.stages
-from kvserve_api.errors import StrategyError, ValuesError
-from kvserve_api.strategy import Part
+from kvserve_api.errors import StrategyError, ValuesError, WireError, WireReason
+from kvserve_api.strategy import Kind, Part
 from kvserve_kernels.finite import all_finite
+from kvserve_strategies import tokenclass
+from kvserve_strategies.bundle import BasisKey
+from kvserve_strategies.ladder import decode_levels, encode_levels
+from kvserve_strategies.projection import Projection
 from kvserve_strategies.registry import make_stage
-from kvserve_strategies.stage import Array, Bytes, Form, Role, Spec, Stage
+from kvserve_strategies.stage import Array, Bytes, Form, Role, Space, Spec, Stage
+from kvserve_strategies.stages.grid import Grid
+from kvserve_strategies.stages.importance import Importance
+from kvserve_strategies.stages.ladder import Ladder
+from kvserve_strategies.stages.metric import Metric
+from kvserve_strategies.stages.pca import Pca
+from kvserve_strategies.values import require_finite
+from kvserve_strategies.wrap import join
 
 __all__ = ["Chain"]
 
@@ -20,7 +35,7 @@ _PROBE = Spec(form=Form.NATIVE, layers=1, tokens=1, kv_heads=1, head_dim=1, dtyp
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The stages that code the keys, or the values, of a piece of the cache.
+    """The stages that code what a part of a strategy covers.
 
     Attributes:
         stages: In the order of encoding; roles rise, and exactly the last one is a coder.
@@ -45,19 +60,31 @@ class Chain:
                 raise StrategyError(
                     after.id, f"can't follow {before.id}: values are quantised once"
                 )
+            if isinstance(before, Importance) and not isinstance(after, Ladder):
+                raise StrategyError(
+                    after.id, f"can't follow {before.id}: tokens of a class need {Ladder.id}"
+                )
+            if isinstance(after, Grid | Importance) and not isinstance(before, Pca):
+                raise StrategyError(
+                    after.id, f"can't follow {before.id}: it quantises what {Pca.id} gives"
+                )
         if not self.stages or self.stages[-1].role != Role.CODE:
             raise StrategyError("chain", "must end with a coder, like code.raw.v1")
         self.specs(_PROBE)
 
     @classmethod
-    def of(cls, part: Part) -> Self:
-        """Build the chain of one part of a strategy."""
-        return cls(
-            tuple(
-                make_stage(config, f"{part.kind.value}.chain[{index}]")
-                for index, config in enumerate(part.chain)
-            )
+    def of(cls, part: Part, path: str = "chain") -> Self:
+        """Build the chain of one part of a strategy.
+
+        Args:
+            part: The part.
+            path: Where it stands in its document, for errors.
+        """
+        stages = tuple(
+            make_stage(config, f"{path}.chain[{index}]") for index, config in enumerate(part.chain)
         )
+        # the order is checked as it was written, and then what codes together is joined
+        return cls(join(cls(stages).stages))
 
     @property
     def lossless(self) -> bool:
@@ -69,47 +96,117 @@ class Chain:
         """The size depends on the shape only."""
         return all(stage.is_fixed_size for stage in self.stages)
 
+    @property
+    def calibrated(self) -> bool:
+        """A stage needs the calibration bundle."""
+        return any(stage.calibrated for stage in self.stages)
+
+    def basis_key(self, kinds: tuple[Kind, ...]) -> BasisKey | None:
+        """Return which basis of the bundle the chain needs to code these kinds; None if none."""
+        metric: str = Space.CENTRED
+        for stage in self.stages:
+            if isinstance(stage, Metric):
+                metric = stage.metric
+            if isinstance(stage, Pca):
+                return stage.key(kinds, metric)
+        return None
+
+    @property
+    def layer_step(self) -> int:
+        """Pieces must start at layers that are multiples of this."""
+        return max((stage.layers for stage in self.stages if isinstance(stage, Pca)), default=1)
+
     def specs(self, spec: Spec) -> list[Spec]:
         """Return what each stage takes, for a NATIVE spec."""
-        taken = []
-        for stage in self.stages:
+        taken: list[Spec] = []
+        projected = Projection.find(self.stages)
+        for index, stage in enumerate(self.stages):
+            if projected and index == projected[1].stop:
+                # what the step leaves of the components is known to bundle and step together
+                live = projected[0].components(taken[projected[1].start])
+                spec = replace(spec, head_dim=live)
             taken.append(spec)
             spec = stage.resolve(spec)
         return taken
 
-    def section_bounds(self, spec: Spec) -> list[int]:
-        """Return the most bytes of each section, for a NATIVE spec."""
-        return [
-            stage.encoded_nbytes(taken)
-            for stage, taken in zip(self.stages, self.specs(spec), strict=True)
+    def section_bounds(self, specs: Sequence[Spec]) -> list[int]:
+        """Return the most bytes of each section, for what `specs` gives."""
+        bounds = [
+            stage.encoded_nbytes(taken) for stage, taken in zip(self.stages, specs, strict=True)
         ]
+        if len(self.stages) > 1 and isinstance(self.stages[-2], Importance):
+            bounds[-1] = tokenclass.most_body_bytes(specs[-1])
+        return bounds
 
-    def encode(self, native: Array, spec: Spec) -> list[tuple[Array, ...]]:
+    def encode(self, native: Array, specs: Sequence[Spec]) -> list[tuple[Array, ...]]:
         """Return one section for each stage.
+
+        Args:
+            native: What the first stage takes.
+            specs: What `specs` gives for it.
 
         Raises:
             ValuesError: The chain is lossy and a value is NaN, infinite or too large for it.
         """
-        if not self.lossless and not all_finite(native, spec.dtype):
+        if not self.lossless and not all_finite(native, specs[0].dtype):
             raise ValuesError("a lossy strategy can't carry NaN or infinity")
-        sections = []
+        sections: list[tuple[Array, ...]] = [()] * len(self.stages)
         value: Array | None = native
-        for stage, taken in zip(self.stages, self.specs(spec), strict=True):
+        projected = Projection.find(self.stages)
+        index = 0
+        while index < len(self.stages):
             assert value is not None
-            encoded = stage.encode(value, taken)
-            sections.append(encoded.section)
+            if projected and index == projected[1].start:
+                folded, run = projected
+                if isinstance(folded.quantiser, Importance):
+                    sections[-2:] = tokenclass.encode(folded, value, specs[index])
+                    break
+                levels = folded.encode(value, specs[index])
+                index = run.stop
+                if isinstance(self.stages[index], Ladder):
+                    sections[index] = encode_levels(levels)
+                    break
+                value = np.ascontiguousarray(levels.T).reshape(specs[index].shape)
+            encoded = self.stages[index].encode(value, specs[index])
+            sections[index] = encoded.section
             value = encoded.value
+            index += 1
         return sections
 
-    def decode(self, sections: list[Bytes], spec: Spec) -> Array:
+    def decode(self, sections: Sequence[Bytes], specs: Sequence[Spec]) -> Array:
         """Undo `encode`.
 
         Raises:
             WireError: A section is not what its stage writes.
         """
         value: Array | None = None
-        stages = zip(self.stages, sections, self.specs(spec), strict=True)
-        for stage, section, taken in reversed(list(stages)):
-            value = stage.decode(section, value, taken)
+        projected = Projection.find(self.stages)
+        index = len(self.stages) - 1
+        while index >= 0:
+            if projected and index == projected[1].stop:
+                folded, run = projected
+                silent = run[:-1] if isinstance(folded.quantiser, Importance) else run
+                if any(sections[at].size for at in silent):
+                    raise WireError(WireReason.MALFORMED, "linear stages write nothing")
+                index = run.start
+                if isinstance(folded.quantiser, Importance):
+                    value = tokenclass.decode(folded, sections[-2], sections[-1], specs[index])
+                else:
+                    levels = self._levels(sections[-1], specs[-1])
+                    value = folded.decode(levels, specs[index])
+            else:
+                value = self.stages[index].decode(sections[index], value, specs[index])
+            index -= 1
         assert value is not None
+        if not self.lossless and specs[-1].form == Form.NATIVE:
+            # a coder of native values carries NaN and infinity, the stages before it do not
+            require_finite(value, specs[0], self.stages[-1].id)
         return value
+
+    def _levels(self, section: Bytes, spec: Spec) -> NDArray[np.int16]:
+        """Return the levels ``[components, tokens]`` that the coder wrote after a projection."""
+        coder = self.stages[-1]
+        if isinstance(coder, Ladder):
+            return decode_levels(section, spec.columns, spec.tokens)
+        decoded = coder.decode(section, None, spec)
+        return np.ascontiguousarray(decoded.reshape(spec.tokens, -1).T)

@@ -1,7 +1,8 @@
-"""``kvserve strategies``: what exists, what it costs, what it gives."""
+"""``kvserve strategies``: what exists, what it costs, what it needs, what it gives."""
 
 import json
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -9,30 +10,43 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kvserve_strategies.bundle import Bundle
 from kvserve_strategies.pipeline import Pipeline
 from kvserve_strategies.presets import PRESETS
 from kvserve_strategies.registry import STAGES
 from kvserve_strategies.stage import Role
+from kvserve_strategies.synthetic import gaussian_cache, modelled_cache
 
 _SHAPE: Final = (4, 512, 2, 64)
+_TOKENS: Final = 512
 _REPEATS: Final = 3
+_UNKNOWN: Final = "–"
 
 
 @click.command()
+@click.option(
+    "--bundle",
+    "bundle_folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Calibration bundle of a model; with it calibrated presets are measured too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
-def strategies(as_json: bool) -> None:
+def strategies(bundle_folder: Path | None, as_json: bool) -> None:
     """List presets and stages.
 
-    Ratio and speed are measured here and now, on one core, with synthetic keys and values of a plausible shape; real
-    ratios depend on the model and are what profiling is for.
+    Ratio and speed are measured here and now, on one core, with synthetic keys and values: of a plausible shape, or,
+    for calibrated presets, drawn from what the bundle says of the model. Real ratios depend on model and text;
+    `kvserve bench codec` measures them.
     """
-    presets = [_measure(name) for name in PRESETS]
+    bundle = None if bundle_folder is None else Bundle.open(bundle_folder)
+    presets = [_describe(name, bundle) for name in PRESETS]
     stages = [
         {
             "id": stage.id,
             "role": stage.role.value,
             "lossless": stage.lossless,
             "fixed_size": stage.is_fixed_size,
+            "needs_bundle": stage.calibrated,
             "summary": stage.summary,
         }
         for stage in sorted(STAGES.values(), key=lambda s: (list(Role).index(s.role), s.id))
@@ -46,42 +60,58 @@ def strategies(as_json: bool) -> None:
     console.print(_stage_table(stages))
 
 
-def _measure(name: str) -> dict[str, Any]:
-    """Return what a preset is and what it costs."""
-    pipeline = Pipeline.of(PRESETS[name])
-    keys, values = _synthetic()
-    payload = pipeline.encode(keys, values)
-    native_mb = 2 * keys.numel() * keys.element_size() / 1e6
-    encode_s = decode_s = float("inf")
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        payload = pipeline.encode(keys, values)
-        middle = time.perf_counter()
-        pipeline.decode(payload, shape=_SHAPE, dtype=keys.dtype)
-        encode_s = min(encode_s, middle - start)
-        decode_s = min(decode_s, time.perf_counter() - middle)
+def _describe(name: str, bundle: Bundle | None) -> dict[str, Any]:
+    """Return what a preset is and needs, and, where that is here, what it costs."""
+    config = PRESETS[name]
+    keys = Pipeline.of(config).basis_keys
+    usable = bundle is not None and set(keys) <= set(bundle.basis_keys)
+    pipeline = Pipeline.of(config, bundle if usable else None)
+    measured = _measure(pipeline) if usable or not pipeline.calibrated else {}
     return {
         "name": name,
         "digest": pipeline.digest,
         "lossless": pipeline.lossless,
         "fixed_size": pipeline.fixed_size,
-        "ratio": round(native_mb * 1e6 / len(payload), 2),
-        "encode_mb_s": round(native_mb / encode_s),
-        "decode_mb_s": round(native_mb / decode_s),
+        "needs": [str(key) for key in keys],
+        "layer_step": pipeline.layer_step,
+        "ratio": measured.get("ratio"),
+        "encode_mb_s": measured.get("encode_mb_s"),
+        "decode_mb_s": measured.get("decode_mb_s"),
         "chains": {
-            part.kind.value: [stage.to_json() for stage in part.chain]
-            for part in PRESETS[name].parts
+            where: [stage.to_json() for stage in part.chain] for where, part in config.chains()
         },
     }
 
 
-def _synthetic() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Gaussian keys with a mean for each channel, and Gaussian values, in bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    layers, _, kv_heads, head_dim = _SHAPE
-    means = 3 * torch.randn(layers, 1, kv_heads, head_dim, generator=generator)
-    keys = torch.randn(_SHAPE, generator=generator) + means
-    return keys.bfloat16(), torch.randn(_SHAPE, generator=generator).bfloat16()
+def _measure(pipeline: Pipeline) -> dict[str, float]:
+    """Return ratio and speeds on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if pipeline.bundle is None:
+            keys, values = gaussian_cache(_SHAPE)
+        else:
+            keys, values = modelled_cache(pipeline.bundle, pipeline.basis_keys[0], _TOKENS)
+        layers, tokens, kv_heads, head_dim = keys.shape
+        shape = (layers, tokens, kv_heads, head_dim)
+        payload = pipeline.encode(keys, values)
+        pipeline.decode(payload, shape=shape, dtype=keys.dtype)
+        native_mb = 2 * keys.numel() * keys.element_size() / 1e6
+        encode_s = decode_s = float("inf")
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            payload = pipeline.encode(keys, values)
+            middle = time.perf_counter()
+            pipeline.decode(payload, shape=shape, dtype=keys.dtype)
+            encode_s = min(encode_s, middle - start)
+            decode_s = min(decode_s, time.perf_counter() - middle)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "ratio": round(native_mb * 1e6 / len(payload), 2),
+        "encode_mb_s": round(native_mb / encode_s),
+        "decode_mb_s": round(native_mb / decode_s),
+    }
 
 
 def _chain_text(chain: list[dict[str, Any]]) -> str:
@@ -102,38 +132,49 @@ def _preset_table(presets: list[dict[str, Any]]) -> Table:
     table.add_column("preset", no_wrap=True)
     table.add_column("exact")
     table.add_column("fixed size")
+    table.add_column("needs", overflow="fold")
     for heading in ("ratio", "encode MB/s", "decode MB/s"):
         table.add_column(heading, justify="right")
     for preset in presets:
+        ratio = preset["ratio"]
+        speeds = (preset["encode_mb_s"], preset["decode_mb_s"])
         table.add_row(
             preset["name"],
             _yes(preset["lossless"]),
             _yes(preset["fixed_size"]),
-            f"{preset['ratio']:.2f}",
-            str(preset["encode_mb_s"]),
-            str(preset["decode_mb_s"]),
+            ", ".join(preset["needs"]),
+            _UNKNOWN if ratio is None else f"{ratio:.2f}",
+            *(_UNKNOWN if speed is None else str(speed) for speed in speeds),
         )
+    if any(preset["ratio"] is None for preset in presets):
+        table.caption = f"{_UNKNOWN}: needs a calibration bundle; see `kvserve calibrate`, --bundle"
     return table
 
 
 def _chain_table(presets: list[dict[str, Any]]) -> Table:
     table = Table(title="How presets code")
     table.add_column("preset", no_wrap=True)
-    table.add_column("keys")
-    table.add_column("values")
+    table.add_column("part")
+    table.add_column("chain")
     for preset in presets:
-        chains = preset["chains"]
-        table.add_row(preset["name"], _chain_text(chains["k"]), _chain_text(chains["v"]))
+        name = preset["name"]
+        for where, chain in preset["chains"].items():
+            table.add_row(name, where, _chain_text(chain))
+            name = ""
     return table
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> Table:
     table = Table(title="Stages")
     table.add_column("id", no_wrap=True)
-    for heading in ("exact", "fixed size", "what it does"):
+    for heading in ("exact", "fixed size", "bundle", "what it does"):
         table.add_column(heading)
     for stage in stages:
         table.add_row(
-            stage["id"], _yes(stage["lossless"]), _yes(stage["fixed_size"]), stage["summary"]
+            stage["id"],
+            _yes(stage["lossless"]),
+            _yes(stage["fixed_size"]),
+            _yes(stage["needs_bundle"]),
+            stage["summary"],
         )
     return table

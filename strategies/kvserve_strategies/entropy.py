@@ -20,15 +20,14 @@ channels. Plain is taken where rANS would not be smaller, which bounds the size.
 """
 
 import struct
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvserve_api.errors import WireError, WireReason
 from kvserve_kernels import pack, rans
 from kvserve_kernels.transpose import transpose
+from kvserve_strategies.reader import Reader
 from kvserve_strategies.stage import Array, Bytes
 
 _HEAD: Final = struct.Struct("<BBHI")
@@ -37,6 +36,7 @@ _ESCAPE_FLAG: Final = 0x80
 _PLAIN: Final = 0
 _RANS: Final = 1
 _VALUES_PER_STREAM: Final = 100_000
+_WHAT: Final = "rANS"
 
 
 def coded_nbytes(count: int, itemsize: int) -> int:
@@ -56,25 +56,24 @@ def encode_integers(values: Array, *, max_tables: int) -> tuple[Array, ...]:
     """
     tokens = values.shape[1]
     by_channel = transpose(values, np.int16).reshape(-1, tokens)
-    tables = rans.assign(by_channel, max_tables)
-    models = rans.build(by_channel, tables)
-    symbols, planes, escapes = rans.split(by_channel, tables, models)
-    frequencies = _frequencies(models)
+    ids = rans.assign(by_channel, max_tables)
+    tables = rans.Tables.of(rans.build(by_channel, ids))
     groups = -(-_VALUES_PER_STREAM // (rans.LANES * by_channel.shape[0]))
-    coded = [rans.encode(symbols, part, tables, frequencies) for part in _streams(tokens, groups)]
+    coded = rans.encode_values(by_channel, ids, tables, groups)
 
-    head = _HEAD.pack(_RANS, len(models), groups, escapes.size)
-    ids = pack.pack(tables, 4).tobytes() if len(models) > 1 else b""
-    described = b"".join(_describe(model) for model in models) + ids
+    models = tables.models
+    head = _HEAD.pack(_RANS, len(models), groups, coded.escapes.size)
+    described = b"".join(_describe(model) for model in models)
+    described += pack.pack(ids, 4).tobytes() if len(models) > 1 else b""
     described += bytes(-len(described) % 4)
     pieces: tuple[Array, ...] = (
         np.frombuffer(head, np.uint8),
-        np.array([words.size for _, words in coded], np.uint32),
-        *(states for states, _ in coded),
+        np.array([words.size for words in coded.words], np.uint32),
+        *coded.states,
         np.frombuffer(described, np.uint8),
-        planes,
-        *(words for _, words in coded),
-        escapes,
+        coded.planes,
+        *coded.words,
+        coded.escapes,
     )
     if sum(piece.nbytes for piece in pieces) < coded_nbytes(values.size, values.itemsize):
         return pieces
@@ -93,82 +92,34 @@ def decode_integers(section: Bytes, *, shape: tuple[int, int, int], dtype: np.dt
         WireError: The bytes are not what `encode_integers` writes.
     """
     layers, tokens, columns = shape
-    reader = _Reader(section)
+    reader = Reader(section, _WHAT)
     mode, table_count, groups, escape_count = _HEAD.unpack(reader.bytes(_HEAD.size))
     if mode == _PLAIN and table_count == groups == escape_count == 0:
         plain = reader.array(layers * tokens * columns, dtype).reshape(shape)
         reader.done()
         return plain
     if mode != _RANS or not 1 <= table_count <= rans.MAX_TABLES or groups < 1:
-        raise _malformed(f"mode {mode}, {table_count} tables, {groups} groups a stream")
+        raise reader.malformed(f"mode {mode}, {table_count} tables, {groups} groups a stream")
 
-    streams = _streams(tokens, groups)
+    streams = rans.streams(tokens, groups)
     channels = layers * columns
     word_counts = reader.array(len(streams), np.dtype(np.uint32))
     states = [reader.array(min(rans.LANES, len(s)), np.dtype(np.uint32)) for s in streams]
-    models = [_read_model(reader) for _ in range(table_count)]
-    tables = _read_tables(reader, channels, table_count)
+    tables = rans.Tables.of([_read_model(reader) for _ in range(table_count)])
+    ids = _read_ids(reader, channels, table_count)
     reader.align(4)
-    planes = reader.array(rans.plane_words(models, tables, tokens), np.dtype(np.uint32))
-    words = [reader.array(int(count), np.dtype(np.uint16)) for count in word_counts]
+    planes = reader.array(tables.plane_words(ids, tokens), np.dtype(np.uint32))
+    words = [reader.array(count, np.dtype(np.uint16)) for count in word_counts.tolist()]
     escapes = reader.array(escape_count, np.dtype(np.int16))
     reader.done()
 
-    slots = rans.slot_tables(_frequencies(models))
-    symbols = np.empty((channels, tokens), np.uint8)
-    for stream, state, word in zip(streams, states, words, strict=True):
-        if not rans.decode(word, state, tables, slots, symbols, stream):
-            raise _malformed("a stream does not end where it must")
-    values = rans.merge(symbols, tables, models, planes, escapes)
+    coded = rans.Coded(states=states, planes=planes, words=words, escapes=escapes)
+    values = rans.decode_values(coded, ids, tables, groups, tokens)
     if values is None:
-        raise _malformed("escapes and escape symbols differ in number")
+        raise reader.malformed("a stream does not end where it must, or escapes are missing")
     if dtype == np.uint8 and (values.min() < 0 or values.max() > 255):
-        raise _malformed("a value is outside 0 to 255")
+        raise reader.malformed("a value is outside 0 to 255")
     return transpose(values.reshape(layers, columns, tokens), dtype.type)
-
-
-@dataclass(slots=True)
-class _Reader:
-    """Takes bytes from a section, never more than there are."""
-
-    data: Bytes
-    at: int = 0
-
-    def take(self, size: int) -> Bytes:
-        if size > self.data.size - self.at:
-            raise WireError(
-                WireReason.MALFORMED, f"rANS: {size} bytes wanted, {self.data.size - self.at} left"
-            )
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def bytes(self, size: int) -> bytes:
-        return self.take(size).tobytes()
-
-    def array(self, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        return self.take(count * dtype.itemsize).view(dtype)
-
-    def align(self, size: int) -> None:
-        if self.take(-self.at % size).any():
-            raise _malformed("padding is not zero")
-
-    def done(self) -> None:
-        if self.at != self.data.size:
-            raise _malformed(f"{self.data.size - self.at} bytes too many")
-
-
-def _streams(tokens: int, groups: int) -> list[range]:
-    """Return the tokens of each stream."""
-    size = groups * rans.LANES
-    return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _frequencies(models: list[rans.Model]) -> NDArray[np.uint32]:
-    """Return the frequencies of all tables, ``[tables, 32]``."""
-    frequencies = np.zeros((len(models), rans.MAX_SYMBOLS), np.uint32)
-    for row, model in zip(frequencies, models, strict=True):
-        row[: len(model.frequencies)] = model.frequencies
-    return frequencies
 
 
 def _describe(model: rans.Model) -> bytes:
@@ -177,26 +128,22 @@ def _describe(model: rans.Model) -> bytes:
     return _TABLE.pack(model.base, flags, count) + struct.pack(f"<{count}H", *model.frequencies)
 
 
-def _read_model(reader: _Reader) -> rans.Model:
+def _read_model(reader: Reader) -> rans.Model:
     base, flags, count = _TABLE.unpack(reader.bytes(_TABLE.size))
     low_bits = flags & ~_ESCAPE_FLAG
     if low_bits > rans.MAX_LOW_BITS or not 1 <= count <= rans.MAX_SYMBOLS:
-        raise _malformed(f"a table has {low_bits} low bits and {count} symbols")
+        raise reader.malformed(f"a table has {low_bits} low bits and {count} symbols")
     frequencies = tuple(struct.unpack(f"<{count}H", reader.bytes(2 * count)))
     if sum(frequencies) != rans.TOTAL:
-        raise _malformed("a table's frequencies do not sum to 4096")
+        raise reader.malformed("a table's frequencies do not sum to 4096")
     escape = bool(flags & _ESCAPE_FLAG)
     return rans.Model(base=base, low_bits=low_bits, escape=escape, frequencies=frequencies)
 
 
-def _read_tables(reader: _Reader, channels: int, table_count: int) -> NDArray[np.uint8]:
+def _read_ids(reader: Reader, channels: int, table_count: int) -> NDArray[np.uint8]:
     if table_count == 1:
         return np.zeros(channels, np.uint8)
-    tables = pack.unpack(reader.take(pack.packed_nbytes(channels, 4)), channels, 4)
-    if tables.max() >= table_count:
-        raise _malformed("a channel names a table that is not there")
-    return tables
-
-
-def _malformed(detail: str) -> WireError:
-    return WireError(WireReason.MALFORMED, f"rANS: {detail}")
+    ids = pack.unpack(reader.take(pack.packed_nbytes(channels, 4)), channels, 4)
+    if ids.max() >= table_count:
+        raise reader.malformed("a channel names a table that is not there")
+    return ids

@@ -1,13 +1,16 @@
 """A strategy made ready to run: keys and values to payload bytes and back.
 
-A payload is the length of each section (u64), first those of the keys' chain in its order, then the values', and then
-the sections, each followed by zeros to a multiple of 8.
+A payload is the length of each section (u64) and then the sections, each followed by zeros to a multiple of 8. They are
+in the order of the rectangles that the parts of the strategy cut the piece into (see `kvserve_strategies.split`), and
+for each in the order of its chain.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -16,14 +19,33 @@ from kvserve_api.errors import StrategyError, WireError, WireReason
 from kvserve_api.strategy import Kind, StrategyConfig
 from kvserve_api.wire import Buffer
 from kvserve_kernels.checksum import checksum
+from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.chain import Chain
-from kvserve_strategies.stage import Array, Bytes, Form, Spec
+from kvserve_strategies.split import Extent, Rectangle, cut
+from kvserve_strategies.stage import Array, Bytes, Form, Spec, Where
 from kvserve_strategies.values import dtype_name, to_array, to_tensor
 
 Shape = tuple[int, int, int, int]
-_KINDS: Final = (Kind.KEYS, Kind.VALUES)
 _CACHED: Final = 64
+_PLANS: Final = 32
 _MAX_COUNT: Final = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where in the cache of a request a piece lies.
+
+    Attributes:
+        first_layer: The piece's first layer.
+        model_layers: Layers of the model; 0 if the piece ends with the last.
+        first_token: Position of its first token in the request.
+        tokens_after: Tokens of the request that follow it; a hint for encoders, decoders do not need it.
+    """
+
+    first_layer: int = 0
+    model_layers: int = 0
+    first_token: int = 0
+    tokens_after: int = 0
 
 
 class Pipeline:
@@ -31,53 +53,98 @@ class Pipeline:
 
     Attributes:
         config: The strategy.
-        digest: Its digest.
+        bundle: The calibration that it works with; None if it needs none, or has not got it yet.
+        digest: The strategy's digest.
         lossless: Keys and values come back bit by bit, NaN and infinity too.
         fixed_size: The payload's size depends on shape and dtype only.
+        calibrated: It needs a bundle to encode and decode.
+        layer_step: Pieces must start at layers that are multiples of this, and end so or with the model.
         stage_ids: The ids of all stages in use, without doubles.
     """
 
-    __slots__ = ("_chains", "config", "digest", "fixed_size", "lossless", "stage_ids")
+    __slots__ = (
+        "_chains",
+        "_pieces",
+        "bundle",
+        "calibrated",
+        "config",
+        "digest",
+        "fixed_size",
+        "layer_step",
+        "lossless",
+        "stage_ids",
+    )
 
-    def __init__(self, config: StrategyConfig) -> None:
-        chains = tuple(Chain.of(config.part(kind)) for kind in _KINDS)
+    def __init__(self, config: StrategyConfig, bundle: Bundle | None = None) -> None:
+        chains = tuple(Chain.of(part, f"parts[{at}]") for at, part in enumerate(config.parts))
         self._chains: Final = chains
+        # what follows from the shape alone takes longer than decoding a small piece
+        self._pieces: Final = lru_cache(maxsize=_PLANS)(self._cut)
         self.config: Final = config
         self.digest: Final = config.digest
         self.lossless: Final = all(chain.lossless for chain in chains)
         self.fixed_size: Final = all(chain.is_fixed_size for chain in chains)
+        self.calibrated: Final = any(chain.calibrated for chain in chains)
+        self.bundle: Final = bundle if self.calibrated else None
+        self.layer_step: Final = math.lcm(*(chain.layer_step for chain in chains))
         self.stage_ids: Final = tuple(
-            dict.fromkeys(stage.id for chain in chains for stage in chain.stages)
+            dict.fromkeys(stage.id for part in config.parts for stage in part.chain)
         )
 
     @staticmethod
-    def of(config: StrategyConfig) -> "Pipeline":
+    def of(config: StrategyConfig, bundle: Bundle | None = None) -> "Pipeline":
         """Return the pipeline of a strategy; the last 64 are kept.
+
+        Args:
+            config: The strategy.
+            bundle: The model's calibration; without it a calibrated strategy can be looked at, not used.
 
         Raises:
             StrategyError: The strategy can't work; the error says which stage and why.
         """
         # by canonical bytes: 1, 1.0 and True are equal and hash alike, but are different parameters
-        return _build(config.canonical())
+        return _build(config.canonical(), bundle)
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> memoryview:
+    @staticmethod
+    def needs_bundle(config: StrategyConfig) -> frozenset[BasisKey]:
+        """Return the bases that a strategy needs of its model's bundle; see also `config_needs_bundle`."""
+        return frozenset(Pipeline.of(config).basis_keys)
+
+    @property
+    def bundle_digest(self) -> str | None:
+        """The digest of the bundle, if it has one."""
+        return None if self.bundle is None else self.bundle.digest
+
+    @property
+    def basis_keys(self) -> tuple[BasisKey, ...]:
+        """The bases of the bundle that it needs."""
+        keys = (
+            chain.basis_key(part.kinds)
+            for part, chain in zip(self.config.parts, self._chains, strict=True)
+        )
+        return tuple(dict.fromkeys(key for key in keys if key is not None))
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, *, at: Place | None = None
+    ) -> memoryview:
         """Return the payload.
 
         Args:
             keys: ``[layers, tokens, kv_heads, head_dim]`` on the CPU; bfloat16, float16 or float32.
             values: The same shape and dtype.
+            at: Where in the model's cache these are; by default its beginning.
 
         Raises:
             ValuesError: The strategy is lossy and can't carry these values; send them by a lossless one.
-            StrategyError: The tensors are not canonical.
+            StrategyError: The tensors are not canonical, or the strategy can't code this piece.
         """
-        sections = self.encode_sections(keys, values)
+        sections = self.encode_sections(keys, values, at=at)
         out = np.empty(payload_nbytes(sections), np.uint8)
         write_payload(sections, out)
         return out.data
 
     def decode(
-        self, buffer: Buffer, *, shape: Shape, dtype: torch.dtype
+        self, buffer: Buffer, *, shape: Shape, dtype: torch.dtype, at: Place | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of a payload; they may share memory with a writable buffer.
 
@@ -85,35 +152,62 @@ class Pipeline:
             buffer: The payload; anything may be in it.
             shape: ``(layers, tokens, kv_heads, head_dim)``.
             dtype: bfloat16, float16 or float32.
+            at: Where in the model's cache the piece is; by default its beginning.
 
         Raises:
             WireError: It is not a payload of this strategy and shape.
+            StrategyError: The strategy can't code this piece.
         """
         spec = _spec(shape, dtype)
-        sections = self._read_payload(own_bytes(buffer), spec)
-        keys, values = (
-            to_tensor(chain.decode(part, spec), spec.dtype)
-            for chain, part in zip(self._chains, sections, strict=True)
-        )
+        pieces = self._pieces(spec, at or Place())
+        sections = self._read_payload(own_bytes(buffer), pieces)
+        halves: dict[Kind, Array] = {}
+        for piece, part in zip(pieces, sections, strict=True):
+            decoded = piece.chain.decode(part, piece.specs)
+            kinds = piece.cells.kinds
+            layers = len(piece.cells.layers)
+            for at_kind, kind in enumerate(kinds):
+                half = decoded[at_kind * layers : (at_kind + 1) * layers]
+                if half.shape == spec.shape:
+                    # the whole half of the cache: nothing to put together
+                    halves[kind] = half
+                    continue
+                target = halves.setdefault(kind, np.empty(spec.shape, spec.array_dtype))
+                piece.put(target, half)
+        keys, values = (to_tensor(halves[kind], spec.dtype) for kind in Kind)
         return keys, values
 
     def max_encoded_nbytes(
-        self, *, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        at: Place | None = None,
     ) -> int:
         """Return the most bytes a payload can have; exactly its size if ``fixed_size``."""
-        spec = _spec((layers, tokens, kv_heads, head_dim), dtype)
-        bounds = [bound for chain in self._chains for bound in chain.section_bounds(spec)]
+        pieces = self._pieces(_spec((layers, tokens, kv_heads, head_dim), dtype), at or Place())
+        bounds = [bound for piece in pieces for bound in piece.bounds]
         return 8 * len(bounds) + sum(_padded(bound) for bound in bounds)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile all that coding a dtype needs, so that the first transfer does not wait for it."""
-        shape = (2, 33, 1, 8)
-        ramp = torch.linspace(-1, 1, 528).reshape(shape).to(dtype)
+        layers, kv_heads, head_dim = 2, 1, 8
+        if self.bundle is not None:
+            layout = self.bundle.layout
+            layers = min(self.layer_step, layout.layers)
+            kv_heads, head_dim = layout.kv_heads, layout.head_dim
+        shape = (layers, 33, kv_heads, head_dim)
+        ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(dtype)
         payload = self.encode(ramp, ramp.flip(1))
         checksum(own_bytes(payload))
         self.decode(payload, shape=shape, dtype=dtype)
 
-    def encode_sections(self, keys: torch.Tensor, values: torch.Tensor) -> list[tuple[Array, ...]]:
+    def encode_sections(
+        self, keys: torch.Tensor, values: torch.Tensor, *, at: Place | None = None
+    ) -> list[tuple[Array, ...]]:
         """Return the sections of a payload, not yet in one piece of memory; see `encode`."""
         if keys.shape != values.shape or keys.dtype != values.dtype or keys.dim() != 4:
             raise StrategyError(
@@ -123,24 +217,40 @@ class Pipeline:
             )
         layers, tokens, kv_heads, head_dim = keys.shape
         spec = _spec((layers, tokens, kv_heads, head_dim), keys.dtype)
+        pieces = self._pieces(spec, at or Place())
+        halves = {Kind.KEYS: to_array(keys), Kind.VALUES: to_array(values)}
         return [
             section
-            for chain, tensor in zip(self._chains, (keys, values), strict=True)
-            for section in chain.encode(to_array(tensor), spec)
+            for piece in pieces
+            for section in piece.chain.encode(piece.take(halves), piece.specs)
         ]
 
-    def _read_payload(self, data: Bytes, spec: Spec) -> list[list[Bytes]]:
-        """Return the sections of each chain."""
-        bounds = [chain.section_bounds(spec) for chain in self._chains]
-        count = sum(len(of_chain) for of_chain in bounds)
+    def _cut(self, spec: Spec, at: Place) -> tuple["_Piece", ...]:
+        """Return what each chain codes, in the order of the payload."""
+        model_layers = at.model_layers or at.first_layer + spec.layers
+        layers = range(at.first_layer, at.first_layer + spec.layers)
+        tokens = range(at.first_token, at.first_token + spec.tokens)
+        if layers.stop > model_layers:
+            raise StrategyError("layers", f"{layers} are not in a model of {model_layers} layers")
+        extent = Extent(
+            layers=layers, model_layers=model_layers, heads=spec.kv_heads, tokens=tokens
+        )
+        return tuple(
+            _Piece.of(self._chains[cells.part], cells, spec, at, self.bundle)
+            for cells in cut(self.config.parts, extent)
+        )
+
+    def _read_payload(self, data: Bytes, pieces: Sequence["_Piece"]) -> list[list[Bytes]]:
+        """Return the sections of each piece."""
+        count = sum(len(piece.bounds) for piece in pieces)
         if data.size < 8 * count:
             raise WireError(WireReason.MALFORMED, f"{data.size} bytes can't hold {count} lengths")
         lengths = iter(data[: 8 * count].view(np.uint64).tolist())
         at = 8 * count
         sections: list[list[Bytes]] = []
-        for of_chain in bounds:
+        for piece in pieces:
             sections.append([])
-            for bound in of_chain:
+            for bound in piece.bounds:
                 size = next(lengths)
                 if size > bound or at + _padded(size) > data.size:
                     raise WireError(
@@ -156,9 +266,82 @@ class Pipeline:
         return sections
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A rectangle of cells with the chain that codes it.
+
+    Attributes:
+        chain: The chain.
+        cells: Which cells.
+        specs: What each stage takes; the first of the kinds one after the other.
+        bounds: The most bytes of each section.
+        index: Its layers, tokens and heads in the arrays of the whole; slices where they are neighbours.
+    """
+
+    chain: Chain
+    cells: Rectangle
+    specs: tuple[Spec, ...]
+    bounds: tuple[int, ...]
+    index: tuple[Any, Any, Any]
+
+    @classmethod
+    def of(
+        cls, chain: Chain, cells: Rectangle, whole: Spec, at: Place, bundle: Bundle | None
+    ) -> Self:
+        layers = [layer - at.first_layer for layer in cells.layers]
+        tokens = slice(cells.tokens.start - at.first_token, cells.tokens.stop - at.first_token)
+        spec = replace(
+            whole,
+            layers=len(cells.kinds) * len(layers),
+            tokens=len(cells.tokens),
+            kv_heads=len(cells.heads),
+            where=Where(
+                kinds=cells.kinds,
+                layers=cells.layers,
+                heads=cells.heads,
+                first_token=cells.tokens.start,
+                tokens_after=at.first_token + whole.tokens - cells.tokens.stop + at.tokens_after,
+            ),
+            bundle=bundle if chain.calibrated else None,
+        )
+        specs = tuple(chain.specs(spec))
+        index = (_neighbours(layers), tokens, _neighbours(cells.heads))
+        return cls(chain, cells, specs, tuple(chain.section_bounds(specs)), index)
+
+    def take(self, halves: Mapping[Kind, Array]) -> Array:
+        """Return the cells as one contiguous array, keys before values."""
+        parts = [self._view(halves[kind]) for kind in self.cells.kinds]
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+    def put(self, target: Array, part: Array) -> None:
+        """Write the cells of one kind."""
+        layers, tokens, heads = self.index
+        if isinstance(layers, slice) or isinstance(heads, slice):
+            target[layers, tokens, heads] = part
+        else:
+            target[np.ix_(layers, range(tokens.start, tokens.stop), heads)] = part
+
+    def _view(self, half: Array) -> Array:
+        layers, tokens, heads = self.index
+        # two lists of indices would be taken pair by pair
+        view: Array = half[layers][:, tokens][:, :, heads]
+        return view
+
+
+def _neighbours(indices: Sequence[int]) -> Any:
+    """Return a slice if indices follow each other, which makes a view, else a list."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if last - first + 1 == len(indices) else list(indices)
+
+
 @lru_cache(maxsize=_CACHED)
-def _build(canonical: bytes) -> Pipeline:
-    return Pipeline(StrategyConfig.from_json(json.loads(canonical)))
+def _build(canonical: bytes, bundle: Bundle | None) -> Pipeline:
+    return Pipeline(StrategyConfig.from_json(json.loads(canonical)), bundle)
+
+
+def config_needs_bundle(config: StrategyConfig) -> bool:
+    """Return whether a strategy works only with the calibration bundle of its model."""
+    return Pipeline.of(config).calibrated
 
 
 def payload_nbytes(sections: Sequence[tuple[Array, ...]]) -> int:

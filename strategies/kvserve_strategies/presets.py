@@ -6,19 +6,26 @@ from typing import Final
 
 from kvserve_api.errors import StrategyError
 from kvserve_api.strategy import Kind, Part, StrategyConfig
+from kvserve_strategies.peers import PEERS
 from kvserve_strategies.stage import Stage
 from kvserve_strategies.stages import (
     Centre,
-    ChannelMinMax,
     ConstantStep,
     ExponentCode,
     Fp8,
+    Grid,
+    Importance,
+    Ladder,
     Lead,
+    Mean,
+    Metric,
     Pack,
+    Pca,
     Rans,
     Raw,
     Scale,
     TokenMinMax,
+    Unrope,
 )
 
 
@@ -36,20 +43,47 @@ def _both(*stages: Stage) -> StrategyConfig:
     return strategy(keys=stages, values=stages)
 
 
-def _kivi(levels: int) -> StrategyConfig:
-    """Return KIVI (Liu et al., 2024) with groups of 64: keys per channel, values per token."""
-    return strategy(
-        keys=(ChannelMinMax(levels=levels, group=64), Pack()),
-        values=(TokenMinMax(levels=levels, group=64), Pack()),
-    )
-
-
 def _centred(keys_step: float, values_step: float) -> StrategyConfig:
     """Return constant steps, entropy-coded: keys after centring, values after scaling, the first tokens exact."""
     return strategy(
         keys=(Lead(tokens=4), Centre(), ConstantStep(relative_step=keys_step), Rans(tables=16)),
         values=(Lead(tokens=4), Scale(), ConstantStep(relative_step=values_step), Rans(tables=16)),
     )
+
+
+def joint(
+    *, layers: int, heads: int, quantiser: Grid | Importance, sinks: int = 4
+) -> StrategyConfig:
+    """Return keys and values coded together in the coordinates where errors cost equally.
+
+    Args:
+        layers: Layers a basis.
+        heads: KV heads a basis, 0 for all.
+        quantiser: One step for all, or finer ones where tokens matter more.
+        sinks: First tokens of a request that are sent exactly.
+    """
+    chain = (
+        Unrope(),
+        Mean(),
+        Metric(metric="fisher"),
+        Pca(layers=layers, heads=heads),
+        quantiser,
+        Ladder(),
+    )
+    return StrategyConfig(
+        parts=(
+            Part(kind="kv", tokens=f":{sinks}", chain=(Raw().config,)),
+            Part(kind="kv", chain=tuple(stage.config for stage in chain)),
+        )
+    )
+
+
+def _joint(layers: int, heads: int, step: float) -> StrategyConfig:
+    return joint(layers=layers, heads=heads, quantiser=Grid(step=step, dead_zone=1.0))
+
+
+def _focus(layers: int, step: float) -> StrategyConfig:
+    return joint(layers=layers, heads=0, quantiser=Importance(step=step, dead_zone=1.0))
 
 
 PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
@@ -59,11 +93,16 @@ PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
         "fp8": _both(Fp8(), Pack()),
         "int8-token": _both(TokenMinMax(levels=256, group=0), Pack()),
         "int4-token": _both(TokenMinMax(levels=16, group=0), Pack()),
-        "kivi-4": _kivi(16),
-        "kivi-2": _kivi(4),
         "centred-rans-fine": _centred(0.3, 0.5),
         "centred-rans": _centred(0.5, 0.8),
         "centred-rans-coarse": _centred(0.8, 1.2),
+        "joint-head-fine": _joint(1, 1, 0.5),
+        "joint-head": _joint(1, 1, 1.0),
+        "joint-layer": _joint(1, 0, 1.0),
+        "joint-3": _joint(3, 0, 1.0),
+        "joint-10": _joint(10, 0, 1.0),
+        "focus-10": _focus(10, 1.0),
+        **PEERS,
     }
 )
 """Every preset by its name."""

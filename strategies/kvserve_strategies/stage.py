@@ -6,7 +6,7 @@ means one byte format for ever: a change of a single byte is a new id.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from kvserve_api.errors import StrategyError
 from kvserve_api.fields import Fields
-from kvserve_api.strategy import Scalar, StageConfig
+from kvserve_api.strategy import Kind, Scalar, StageConfig
 from kvserve_api.wire import DTYPE_BYTES
+from kvserve_strategies.bundle import Bundle
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -44,6 +45,35 @@ class Form(StrEnum):
     CODED = "coded"
 
 
+class Space(StrEnum):
+    """What a value's coordinates mean, as far as calibration is concerned; a metric's name is a space too."""
+
+    NATIVE = "native"
+    UNROPED = "unroped"
+    CENTRED = "centred"
+    COMPONENTS = "components"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Where:
+    """Which cells of a model's cache a piece holds.
+
+    Attributes:
+        kinds: Keys, values or both; if both, the first half of the piece's layers are keys.
+        layers: The layers of the model.
+        heads: KV heads; those of one tensor-parallel rank are counted from 0.
+        first_token: Position in the request of the piece's first token.
+        tokens_after: Tokens of the request that follow the piece; only encoders look at it, to judge what matters.
+    """
+
+    kinds: tuple[Kind, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    first_token: int
+    tokens_after: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
     """The type of a value between two stages.
@@ -56,6 +86,9 @@ class Spec:
         head_dim: Size of a head.
         dtype: The cache's dtype, whatever the form.
         levels: For LEVELS the number of codes, 2 to 256, starting at 0; None if they are any int16.
+        space: What the coordinates mean.
+        where: Which cells these are; None where only the form matters.
+        bundle: The calibration that the strategy was built with, or None.
     """
 
     form: Form
@@ -65,6 +98,9 @@ class Spec:
     head_dim: int
     dtype: str
     levels: int | None = None
+    space: str = Space.NATIVE
+    where: Where | None = None
+    bundle: Bundle | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("layers", "tokens", "kv_heads", "head_dim"):
@@ -124,6 +160,7 @@ class Stage(ABC):
         lossless: Decoding gives back the value bit by bit.
         is_fixed_size: `encoded_nbytes` is exact, for every value.
         summary: One line for people.
+        calibrated: It needs the calibration bundle of the model.
     """
 
     __slots__ = ()
@@ -133,6 +170,7 @@ class Stage(ABC):
     lossless: ClassVar[bool]
     is_fixed_size: ClassVar[bool]
     summary: ClassVar[str]
+    calibrated: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -184,6 +222,14 @@ class Stage(ABC):
         Raises:
             WireError: The section is not one that `encode` writes.
         """
+
+
+def take_space(stage: Stage, spec: Spec, *spaces: str) -> None:
+    """Refuse a spec whose coordinates the stage was not calibrated for."""
+    if spec.space not in spaces:
+        raise StrategyError(
+            stage.id, f"takes {' or '.join(spaces)} values, its predecessor gives {spec.space}"
+        )
 
 
 def take_form(stage: Stage, spec: Spec, *forms: Form) -> None:

@@ -1,6 +1,7 @@
 """The inputs and the progress of a profiling run."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ def test_round_trip() -> None:
     """Inputs read back equal from their canonical JSON."""
     first = inputs("sha256:00", workloads=[{"name": "code"}], model={"name": "m", "revision": "r"})
     assert RunInputs.parse(first.canonical()) == first
+    stored = replace(first, artifacts="file:///a")
+    assert RunInputs.parse(stored.canonical()) == stored
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,7 @@ def test_round_trip() -> None:
         pytest.param(inputs(workloads=[{"name": "code"}]), False, id="class"),
         pytest.param(inputs(profiling={"budget": {"maxTrials": 5}}), False, id="trials"),
         pytest.param(inputs(image="profiler:2"), False, id="image"),
+        pytest.param(replace(inputs(), artifacts="s3://b"), False, id="store"),
         pytest.param(
             inputs(model={"name": "test/model", "source": {"pvc": {"claimName": "c"}}}),
             False,

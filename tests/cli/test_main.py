@@ -13,7 +13,7 @@ def test_help_lists_the_commands_of_every_part() -> None:
     commands = {
         line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line
     }
-    assert commands == {"controller", "operator", "profile", "strategies"}
+    assert commands == {"calibrate", "controller", "operator", "profile", "strategies"}
 
 
 def test_a_missing_extra_is_named() -> None:
@@ -25,3 +25,14 @@ def test_a_missing_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'kvserve[operator]'" in done.stderr
+
+
+def test_a_command_names_its_own_extra() -> None:
+    """Serving pods have the strategies, but not what calibration needs."""
+    code = (
+        "import sys; sys.modules['transformers'] = None; "
+        "sys.argv = ['kvserve', 'calibrate', '--model', 'x']; from kvserve_cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'kvserve[calibrate]'" in done.stderr

@@ -1,5 +1,6 @@
 """The laws every strategy obeys, and what it takes to check them for each registered stage."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,23 +10,33 @@ import torch
 from numpy.typing import NDArray
 
 from kvserve_api.strategy import Kind, StrategyConfig
+from kvserve_kernels import hadamard
 from kvserve_strategies import PRESETS, Pipeline
 from kvserve_strategies.presets import strategy
 from kvserve_strategies.registry import make_stage
+from kvserve_strategies.split import Extent, cut
 from kvserve_strategies.stage import Stage
 from kvserve_strategies.stages import (
+    AbsMax,
     Centre,
     ChannelMinMax,
     ConstantStep,
+    EscapeCode,
     ExponentCode,
     Fp8,
+    Hadamard,
+    Ladder,
     Lead,
+    LloydMax,
     Pack,
+    PredictLayer,
     Rans,
     Raw,
     Scale,
     TokenMinMax,
 )
+from kvserve_strategies.stages.hadamard import signs
+from kvserve_strategies.stages.lloyd import centroids
 
 Real = NDArray[np.float64]
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,6 +66,8 @@ STAGE_CASES: Final = (
     Case(name="raw", stages=(Raw(),)),
     Case(name="exponent", stages=(ExponentCode(tables=16),)),
     Case(name="exponent-1-table", stages=(ExponentCode(tables=1),)),
+    Case(name="escape", stages=(EscapeCode(),)),
+    Case(name="lead-escape", stages=(Lead(tokens=2), EscapeCode())),
     Case(name="lead-raw", stages=(Lead(tokens=3), Raw())),
     Case(name="fp8-pack", stages=(Fp8(), Pack())),
     Case(name="fp8-rans", stages=(Fp8(), Rans(tables=4))),
@@ -71,6 +84,41 @@ STAGE_CASES: Final = (
         )
         for levels, group in ((256, 0), (16, 8), (4, 64), (3, 1))
     ),
+    *(
+        Case(name=f"absmax-{bins}-{scope}", stages=(AbsMax(bins=bins, scope=scope), Pack()))
+        for bins, scope in ((256, "head"), (32, "token"), (16, "token"), (5, "head"))
+    ),
+    Case(name="absmax-rans", stages=(AbsMax(bins=16, scope="token"), Rans(tables=16))),
+    *(Case(name=f"lloyd-{bits}", stages=(LloydMax(bits=bits), Pack())) for bits in (1, 3, 4)),
+    Case(name="hadamard-lloyd", stages=(Hadamard(seed=0), LloydMax(bits=4), Pack())),
+    Case(
+        name="hadamard-signs-token",
+        stages=(Hadamard(seed=7), TokenMinMax(levels=16, group=0), Pack()),
+    ),
+    Case(
+        name="centre-hadamard-lloyd",
+        stages=(Centre(), Hadamard(seed=1), LloydMax(bits=3), Pack()),
+    ),
+    Case(
+        name="hadamard-step",
+        stages=(Hadamard(seed=0), ConstantStep(relative_step=0.5), Rans(tables=4)),
+    ),
+    Case(
+        name="predict",
+        stages=(PredictLayer(sources=4), ConstantStep(relative_step=0.5), Rans(tables=4)),
+    ),
+    Case(
+        name="centre-predict",
+        stages=(
+            Lead(tokens=1),
+            Centre(),
+            PredictLayer(sources=1),
+            ConstantStep(relative_step=0.1),
+            Rans(tables=1),
+        ),
+    ),
+    Case(name="token-ladder", stages=(TokenMinMax(levels=16, group=0), Ladder())),
+    Case(name="step-ladder", stages=(Centre(), ConstantStep(relative_step=0.5), Ladder())),
     Case(name="channel-rans", stages=(ChannelMinMax(levels=12, group=0), Rans(tables=16))),
     Case(name="step", stages=(ConstantStep(relative_step=0.3), Rans(tables=16))),
     Case(name="fine-step", stages=(ConstantStep(relative_step=0.004), Rans(tables=2))),
@@ -124,7 +172,27 @@ def _step(x: Real, relative: float) -> Real:
     return bound
 
 
-def _of_quantiser(stage: Stage, x: Real) -> Real:
+def _absmax(x: Real, bins: int, scope: str) -> Real:
+    """Return half a step of each value's token, or of its token's head."""
+    peak = np.abs(x).max((2, 3) if scope == "token" else 3, keepdims=True)
+    half = peak / (bins // 2 - 1) / 2 * (1 + 1e-4) + FLOAT32 * peak + 1e-33
+    return np.broadcast_to(half, x.shape)
+
+
+def _lloyd(x: Real, bits: int, dtype: torch.dtype) -> Real:
+    """Return each value's distance from the nearest level of its token's head, and what rounding the scale may cost."""
+    rms = np.sqrt((x**2).mean(-1, keepdims=True))
+    levels = centroids(bits).astype(np.float64)
+    distance = np.abs(x[..., None] - rms[..., None] * levels).min(-1)
+    relative, least = ROUNDING[dtype]
+    reach = np.abs(x) + levels[-1] * rms
+    bound: Real = (
+        distance + 2 * (relative + FLOAT32) * reach + 2 * math.sqrt(x.shape[-1]) * (least + 1e-33)
+    )
+    return bound
+
+
+def _of_quantiser(stage: Stage, x: Real, dtype: torch.dtype) -> Real:
     match stage:
         case TokenMinMax():
             return _minmax(x, stage.levels, stage.group, 3)
@@ -132,9 +200,24 @@ def _of_quantiser(stage: Stage, x: Real) -> Real:
             return _minmax(x, stage.levels, stage.group, 1)
         case Fp8():
             return _fp8(x)
+        case AbsMax():
+            return _absmax(x, stage.bins, stage.scope)
+        case LloydMax():
+            return _lloyd(x, stage.bits, dtype)
         case ConstantStep():
             return _step(x, stage.relative_step)
     raise AssertionError(f"{stage.id} has no error bound: add one here")
+
+
+def rotated(x: Real, seed: int) -> Real:
+    """Return the definition of ``transform.hadamard.v1`` in float64: blocks of Sylvester matrices, after the signs."""
+    size = hadamard.block_size(x.shape[-1])
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = (x * signs(seed, x.shape[-1])).reshape(*x.shape[:-1], -1, size)
+    turned: Real = (blocks @ matrix / math.sqrt(size)).reshape(x.shape)
+    return turned
 
 
 def _of_chain(stages: tuple[Stage, ...], x: Real, dtype: torch.dtype) -> Real:
@@ -163,12 +246,45 @@ def _of_chain(stages: tuple[Stage, ...], x: Real, dtype: torch.dtype) -> Real:
             # on the edge of a power of two the divisor may be the next one
             scaled: Real = 1.5 * factor * _of_chain(rest, x / factor, dtype)
             return scaled + FLOAT32 * np.abs(x)
-    return _of_quantiser(stage, x)
+        case PredictLayer():
+            # the step is relative to what prediction leaves, which it never makes larger; before each layer's values
+            # come products of the layer before, rounded one by one
+            largest = np.sqrt((x**2).sum((1, 2, 3), keepdims=True)).max()
+            left: Real = _of_chain(rest, x, dtype) + 16 * FLOAT32 * stage.sources * largest
+            return left
+        case Hadamard():
+            # a rotation keeps lengths: no value is wrong by more than its head's error is long
+            inner = _of_chain(rest, rotated(x, stage.seed), dtype)
+            length = np.sqrt((inner**2).sum(-1, keepdims=True)) * (1 + 1e-5)
+            slack = (
+                4 * FLOAT32 * np.sqrt((x**2).sum(-1, keepdims=True)) * math.log2(2 * x.shape[-1])
+            )
+            spread: Real = np.broadcast_to(length + slack, x.shape)
+            return spread
+    return _of_quantiser(stage, x, dtype)
 
 
 def error_bound(config: StrategyConfig, kind: Kind, x: torch.Tensor) -> Real:
-    """Return the most that each decoded value may differ from ``x``, by the stages' own definitions."""
-    stages = tuple(make_stage(stage, "law") for stage in config.part(kind).chain)
+    """Return the most that each decoded value may differ from ``x``, by the stages' own definitions.
+
+    Joint parts are bounded like parts of one kind: stages without calibration treat each layer by itself.
+    """
+    bound = np.empty(tuple(x.shape))
+    extent = Extent(
+        layers=range(x.shape[0]),
+        model_layers=x.shape[0],
+        heads=x.shape[2],
+        tokens=range(x.shape[1]),
+    )
+    for cells in cut(config.parts, extent):
+        if kind in cells.kinds:
+            stages = tuple(make_stage(s, "law") for s in config.parts[cells.part].chain)
+            index = np.ix_(cells.layers, cells.tokens, cells.heads)
+            bound[index] = _piece_bound(stages, x[index])
+    return bound
+
+
+def _piece_bound(stages: tuple[Stage, ...], x: torch.Tensor) -> Real:
     bound = _of_chain(stages, x.double().numpy(), x.dtype)
     if all(stage.lossless for stage in stages):
         return bound

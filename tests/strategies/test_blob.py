@@ -94,7 +94,7 @@ def test_blob(name: str) -> None:
     assert prefix.total_nbytes == len(blob)
     assert prefix.payload_offset % ALIGNMENT == 0
     assert prefix.header_nbytes <= MAX_HEADER_NBYTES
-    assert len(blob) <= max_blob_nbytes(pipeline, layout=LAYOUT, layers=2, tokens=40)
+    assert len(blob) <= max_blob_nbytes(pipeline, layout=LAYOUT, layers=LAYERS, tokens=TOKENS)
 
 
 @PRESET

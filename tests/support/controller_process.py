@@ -14,6 +14,8 @@ from typing import Any
 from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import ModelIdentity, ParetoSet, Profile
 from kvserve_strategies import PRESETS, Pipeline
+from kvserve_strategies.bundle import Bundle
+from random_bundles import joint_strategy
 from samples import MODEL, policy_object
 from vllm_servers import free_port
 
@@ -37,6 +39,22 @@ def pareto_of_presets(fingerprint: str) -> ParetoSet:
     )
     identity = ModelIdentity(name=MODEL, revision="", fingerprint=fingerprint)
     return ParetoSet(model=identity, device="cpu", classes={"default": profiles})
+
+
+def with_joint(pareto: ParetoSet, bundle: Bundle) -> ParetoSet:
+    """Return the set with a calibrated profile, ``joint``, for a bundle of `random_bundles`."""
+    joint = Profile(
+        name="joint",
+        strategy=joint_strategy(),
+        ratio=2.0,
+        loss_bp=1.0,
+        loss_upper_bp=2.0,
+        encode=StageCost(bytes_per_s=1e8),
+        decode=StageCost(bytes_per_s=1e8),
+        lossless=False,
+        bundle=bundle.digest,
+    )
+    return replace(pareto, classes={"default": (*pareto.classes["default"], joint)})
 
 
 @dataclass

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvserve_api.wire import KVLayout
+from kvserve_connector.bundles import BundleBook
 from kvserve_connector.client import Outcome, TransferClient
-from kvserve_connector.coding import known_stages
+from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.engine import Engine
 from kvserve_connector.handover import Lease, Load
@@ -22,6 +23,7 @@ from kvserve_connector.metrics import Metrics
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import Selector
 from kvserve_connector.server import TransferServer
+from kvserve_strategies import Pipeline
 
 BLOCK = 16
 LAYOUT = KVLayout(layers=7, kv_heads=2, head_dim=16, dtype="bfloat16")
@@ -60,8 +62,14 @@ class Pair:
     links: LinkBook
     selector: Selector
     metrics: Metrics
+    producer_bundles: BundleBook
+    consumer_bundles: BundleBook
     outcomes: list[Outcome] = field(default_factory=list)
     arrived: threading.Condition = field(default_factory=threading.Condition)
+
+    def warm_up(self, pipeline: Pipeline) -> None:
+        """Compile all that a pipeline needs."""
+        ChunkCoder(ENGINE.fingerprint, LAYOUT, self.producer_bundles.find).warm_up(pipeline)
 
     def lease(self, request_id: str, tokens: int, block_ids: tuple[int, ...]) -> Lease:
         """Hold a prefill."""
@@ -149,14 +157,28 @@ def pair(*, engine: Engine = ENGINE, lease_s: float = 30.0, **settings: float) -
     leases = LeaseBook(lease_s)
     links = LinkBook()
     source, target = make_cache(seed=7), make_cache()
+    ours = BundleBook(None, ENGINE.fingerprint, ENGINE.layout)
+    theirs = BundleBook(None, engine.fingerprint, engine.layout)
     encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    server = TransferServer(config, ENGINE, source, leases, selector, links, encoders, metrics)
+    server = TransferServer(
+        config, ENGINE, source, leases, selector, links, encoders, metrics, ours
+    )
     made: list[Pair] = []
     client = TransferClient(
-        config, engine, target, known_stages(), decoders, lambda outcome: made[0].note(outcome)
+        config,
+        engine,
+        target,
+        known_stages(),
+        theirs,
+        decoders,
+        lambda outcome: made[0].note(outcome),
     )
-    both = Pair(config, server, client, source, target, leases, links, selector, metrics)
+    both = Pair(
+        config, server, client, source, target, leases, links, selector, metrics, ours, theirs
+    )
     made.append(both)
+    # as an engine does before it serves: what has to be compiled must not count as a transfer's time
+    both.warm_up(raw_pipeline())
     server.start()
     try:
         yield both

@@ -41,7 +41,10 @@ class Lead(Stage):
     def resolve(self, spec: Spec) -> Spec:
         """Take NATIVE values, give fewer of them."""
         take_form(self, spec, Form.NATIVE)
-        return replace(spec, tokens=spec.tokens - self._taken(spec))
+        taken, where = self._taken(spec), spec.where
+        if where is not None:
+            where = replace(where, first_token=where.first_token + taken)
+        return replace(spec, tokens=spec.tokens - taken, where=where)
 
     def encoded_nbytes(self, spec: Spec) -> int:
         """Return the native size of the first tokens."""

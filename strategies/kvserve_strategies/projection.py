@@ -1,0 +1,331 @@
+"""Linear stages and the quantiser after them, folded into one integer matrix for each block of layers and heads.
+
+This is the arithmetic of ``[unrope] mean [metric] pca grid``, or with importance as the last; `kvserve_kernels.linear`
+defines it. Integers make processors and GPUs write the same bytes: a native value less its mean is scaled to int8 (with
+a shift for each token), multiplied by an int8 matrix, basis times metric, in exact integers, and the sum is rounded to
+a level. The rounding of both int8 factors is an order of magnitude below the quantiser's own. The decoder moves each
+level to the mean of the values that led to it and multiplies by the inverse matrix in bfloat16; its result need not be
+equal between devices to the last bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvserve_api.errors import StrategyError, ValuesError
+from kvserve_api.strategy import Kind
+from kvserve_kernels import linear
+from kvserve_strategies.bundle import Bundle, Rope
+from kvserve_strategies.linear import bundle_of
+from kvserve_strategies.stage import Array, Space, Spec, Stage, Where
+from kvserve_strategies.stages.grid import Grid, live_components, thresholds
+from kvserve_strategies.stages.importance import Importance
+from kvserve_strategies.stages.mean import Mean
+from kvserve_strategies.stages.metric import Metric, root_blocks
+from kvserve_strategies.stages.pca import Block, Pca
+from kvserve_strategies.stages.unrope import Unrope, rope_tables
+
+SPREAD: Final = 5.0
+"""An int8 input reaches this many deviations; rarer tokens are shifted down as a whole."""
+_LEAST_DEVIATION: Final = 2.0**-90
+_PLANS: Final = 512
+_KEPT: Final = 64
+_TABLES: Final = 64
+Real: TypeAlias = NDArray[np.float32]
+Positions: TypeAlias = range | NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The linear stages of a chain with the quantiser that ends them.
+
+    Attributes:
+        stages: From the native values to the levels: maybe unrope, mean, maybe a metric, pca, grid or importance.
+    """
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def find(cls, stages: Sequence[Stage]) -> tuple["Projection", range] | None:
+        """Return the projection in a chain and its stages' indices; None if there is none."""
+        for stop, stage in enumerate(stages):
+            if isinstance(stage, Grid | Importance):
+                start = stop
+                while start > 0 and isinstance(stages[start - 1], Unrope | Mean | Metric | Pca):
+                    start -= 1
+                return cls(tuple(stages[start : stop + 1])), range(start, stop + 1)
+        return None
+
+    @property
+    def quantiser(self) -> Grid | Importance:
+        """The last stage."""
+        last = self.stages[-1]
+        assert isinstance(last, Grid | Importance)
+        return last
+
+    def encode(self, native: Array, spec: Spec) -> NDArray[np.int16]:
+        """Return the levels ``[components, tokens]`` of a piece, by one step.
+
+        Raises:
+            ValuesError: A value is too large.
+            StrategyError: There is no calibration for this piece.
+        """
+        matrices = self.matrices(spec)
+        return forward(matrices.plan(self.quantiser), matrices, native, positions(spec))
+
+    def decode(self, levels: NDArray[np.int16], spec: Spec) -> Array:
+        """Return the native values of levels by one step."""
+        matrices = self.matrices(spec)
+        out = np.empty(spec.shape, spec.array_dtype)
+        inverse(matrices.plan(self.quantiser), matrices, levels, positions(spec), out)
+        return out
+
+    def components(self, spec: Spec) -> int:
+        """Return how many components may have levels; without a bundle the most there may be."""
+        if spec.bundle is None or spec.where is None:
+            return spec.count // spec.tokens
+        matrices = self.matrices(spec)
+        if isinstance(self.quantiser, Importance):
+            return sum(base.components for base in matrices.bases)
+        return matrices.plan(self.quantiser).components
+
+    def matrices(self, spec: Spec) -> "Matrices":
+        """Return the folded matrices of a piece, which do not depend on positions and step.
+
+        Raises:
+            StrategyError: There is no calibration for this piece.
+        """
+        bundle, where = bundle_of(self.stages[0], spec)
+        anywhere = replace(where, first_token=0, tokens_after=0)
+        local = isinstance(self.quantiser, Importance)
+        return _matrices(self.stages[:-1], bundle, anywhere, local)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """The folded matrices of a piece with all stored components, at a step of 1.
+
+    Attributes:
+        bases: For each block its group, which refers to rows and heads of the piece, or of the block alone.
+        factors: For each block its factors in float64.
+        sigmas: For each block the deviations of its components, over the basis's scale.
+        importance: For each block the weights of its features, if there are any.
+        blocks: The blocks.
+        ropes: The rotations that groups refer to.
+        dim: Size of a head.
+    """
+
+    bases: tuple[linear.Group, ...]
+    factors: tuple[NDArray[np.float64], ...]
+    sigmas: tuple[Real, ...]
+    importance: tuple[Real, ...]
+    blocks: tuple[Block, ...]
+    ropes: tuple[Rope, ...]
+    dim: int
+    _plans: dict[tuple[int | None, float, float], linear.Plan] = field(default_factory=dict)
+
+    def plan(self, quantiser: Grid | Importance) -> linear.Plan:
+        """Return the plan of all blocks with a quantiser's step."""
+        key = (None, quantiser.step, quantiser.dead_zone)
+        return self._kept(key, lambda: range(len(self.bases)))
+
+    def block_plan(self, block: int, step: float, dead_zone: float) -> linear.Plan:
+        """Return the plan of one block with a step of its own."""
+        return self._kept((block, step, dead_zone), lambda: range(block, block + 1))
+
+    def leading_plan(self, block: int, count: int, resolution: int) -> linear.Plan:
+        """Return a plan of a block's leading components, in parts of their deviations."""
+        base, sigma = self.bases[block], self.sigmas[block][:count]
+        factor = self.factors[block][:count] * (resolution / np.maximum(sigma, _LEAST_DEVIATION))
+        group = base.first(
+            len(sigma),
+            factor=factor.astype(np.float32),
+            offset=np.full(len(sigma), 0.5, np.float32),
+            delta=np.zeros(len(sigma), np.float32),
+            unit=1.0,
+        )
+        return linear.Plan(groups=(group,), dim=self.dim)
+
+    def _kept(
+        self, key: tuple[int | None, float, float], blocks: Callable[[], range]
+    ) -> linear.Plan:
+        plan = self._plans.get(key)
+        if plan is None:
+            _, step, dead_zone = key
+            groups = tuple(self._group(block, step, dead_zone) for block in blocks())
+            plan = linear.Plan(groups=groups, dim=self.dim)
+            # a peer can name any step: what it makes us build must not be kept without end
+            if len(self._plans) >= _PLANS:
+                self._plans.pop(next(iter(self._plans)), None)
+            self._plans[key] = plan
+        return plan
+
+    def _group(self, block: int, step: float, dead_zone: float) -> linear.Group:
+        live = live_components(self.sigmas[block], step)
+        offset, shift = thresholds(self.sigmas[block][:live], step, dead_zone)
+        return self.bases[block].first(
+            live,
+            factor=(self.factors[block][:live] / step).astype(np.float32),
+            offset=offset,
+            delta=shift,
+            unit=step,
+        )
+
+
+def positions(spec: Spec) -> range:
+    """Return the positions of a piece's tokens."""
+    assert spec.where is not None
+    return range(spec.where.first_token, spec.where.first_token + spec.tokens)
+
+
+def forward(
+    plan: linear.Plan, matrices: Matrices, native: Array, at: Positions
+) -> NDArray[np.int16]:
+    """Return the levels ``[components, tokens]`` of values ``[rows, tokens, heads, dim]``.
+
+    Raises:
+        ValuesError: A value is too large.
+    """
+    tables = _tables(matrices.ropes, at, undo=True)
+    levels = linear.forward(native, plan, *tables, _interleaved(matrices.ropes))
+    if levels is None:
+        raise ValuesError("a value is too far from what calibration saw")
+    return levels
+
+
+def inverse(
+    plan: linear.Plan,
+    matrices: Matrices,
+    levels: NDArray[np.int16],
+    at: Positions,
+    out: Array,
+) -> None:
+    """Write what levels stand for into ``[rows, tokens, heads, dim]``."""
+    tables = _tables(matrices.ropes, at, undo=False)
+    linear.inverse(levels, plan, *tables, _interleaved(matrices.ropes), out)
+
+
+@lru_cache(maxsize=_KEPT)
+def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bool) -> Matrices:
+    *before, pca = stages
+    assert isinstance(pca, Pca)
+    metric = next((stage.metric for stage in before if isinstance(stage, Metric)), None)
+    basis = pca.basis(bundle, where, metric or Space.CENTRED)
+    ropes = _ropes(bundle, where) if isinstance(before[0], Unrope) else ()
+    mean, deviation = (
+        np.concatenate([of(kind)[np.ix_(where.layers, where.heads)] for kind in where.kinds])
+        for of in (bundle.mean, bundle.deviation)
+    )
+    roots = root_blocks(bundle, where, metric) if metric else None
+    blocks = pca.blocks(bundle, where)
+    bases, factors = [], []
+    for block in blocks:
+        rows = basis.groups[block.group].rows.astype(np.float32)
+        onward, back = _folded(rows, block, roots)
+        chosen = np.ix_(block.rows, block.heads)
+        inverse_scale = 127 / (SPREAD * np.maximum(deviation[chosen].reshape(-1), _LEAST_DEVIATION))
+        scaled = onward / inverse_scale
+        largest = np.maximum(np.abs(scaled).max(axis=1), np.finfo(np.float32).tiny)
+        rotations = [
+            _rotation(row, where, bundle, ropes) for row in block.rows for _ in block.heads
+        ]
+        rows_of, heads_of = block.rows, block.heads
+        if local:
+            rows_of, heads_of = tuple(range(len(rows_of))), tuple(range(len(heads_of)))
+        slots = [(row, head) for row in rows_of for head in heads_of]
+        factors.append(largest.astype(np.float64) / (127 * basis.scale))
+        bases.append(
+            linear.Group(
+                rows=np.array([row for row, _ in slots], np.int32),
+                heads=np.array([head for _, head in slots], np.int32),
+                rotations=np.array(rotations, np.int32),
+                mean=np.ascontiguousarray(mean[chosen].reshape(-1)),
+                inv_scale=inverse_scale.astype(np.float32),
+                matrix=np.rint(scaled * (127 / largest)[:, None]).astype(np.int8),
+                factor=factors[-1].astype(np.float32),
+                offset=np.full(len(rows), 0.5, np.float32),
+                delta=np.zeros(len(rows), np.float32),
+                inverse=np.ascontiguousarray(back * np.float32(basis.scale)),
+            )
+        )
+    return Matrices(
+        bases=tuple(bases),
+        factors=tuple(factors),
+        sigmas=tuple(basis.groups[b.group].sigma / np.float32(basis.scale) for b in blocks),
+        importance=tuple(basis.importance[b.group] for b in blocks) if basis.importance else (),
+        blocks=blocks,
+        ropes=ropes,
+        dim=bundle.layout.head_dim,
+    )
+
+
+def _folded(rows: Real, block: Block, roots: tuple[Real, Real] | None) -> tuple[Real, Real]:
+    """Return basis times metric, and its inverse transposed, each ``[components, width]``."""
+    if roots is None:
+        return rows, rows
+    count = len(rows)
+    root, inverse = roots
+    dim = root.shape[-1]
+    # the metric is one square for each slot: its product is block by block
+    by_slot = rows.reshape(count, -1, dim).transpose(1, 0, 2)
+    chosen = np.ix_(block.rows, block.heads)
+    squares = root[chosen].reshape(-1, dim, dim)
+    inverses = inverse[chosen].reshape(-1, dim, dim).transpose(0, 2, 1)
+    forward, backward = (
+        np.ascontiguousarray((by_slot @ each).transpose(1, 0, 2)).reshape(count, -1)
+        for each in (squares, inverses)
+    )
+    return forward, backward
+
+
+def _ropes(bundle: Bundle, where: Where) -> tuple[Rope, ...]:
+    """Return the different rotations of a piece's keys.
+
+    Raises:
+        StrategyError: They can't be applied together.
+    """
+    if where.kinds[0] != Kind.KEYS:
+        return ()
+    found = dict.fromkeys(bundle.rope_of(layer) for layer in where.layers)
+    ropes = tuple(rope for rope in found if rope is not None)
+    if len({(rope.interleaved, rope.rotary_dim) for rope in ropes}) > 1:
+        raise StrategyError(
+            Unrope.id, "layers of different rotary size or pairing need parts of their own"
+        )
+    return ropes
+
+
+def _rotation(row: int, where: Where, bundle: Bundle, ropes: tuple[Rope, ...]) -> int:
+    """Return which rotation a row turns by, -1 for none."""
+    if not ropes or where.kinds[0] != Kind.KEYS or row >= len(where.layers):
+        return -1
+    rope = bundle.rope_of(where.layers[row])
+    return -1 if rope is None else ropes.index(rope)
+
+
+def _interleaved(ropes: tuple[Rope, ...]) -> bool:
+    return bool(ropes) and ropes[0].interleaved
+
+
+def _tables(ropes: tuple[Rope, ...], at: Positions, *, undo: bool) -> tuple[Real, Real]:
+    """Return cosine and sine ``[rotations, tokens, pairs]`` of positions."""
+    if isinstance(at, range):
+        return _range_tables(ropes, at.start, len(at), undo)
+    first = int(at.min())
+    cos, sin = _range_tables(ropes, first, int(at.max()) + 1 - first, undo)
+    return cos[:, at - first], sin[:, at - first]
+
+
+@lru_cache(maxsize=_TABLES)
+def _range_tables(
+    ropes: tuple[Rope, ...], first: int, tokens: int, undo: bool
+) -> tuple[Real, Real]:
+    if not ropes:
+        return np.empty((0, tokens, 0), np.float32), np.empty((0, tokens, 0), np.float32)
+    pairs = [rope_tables(rope, first, tokens, undo=undo) for rope in ropes]
+    cos, sin = (np.stack(side) for side in zip(*pairs, strict=True))
+    return cos, sin
