@@ -9,7 +9,7 @@ from types import FrameType
 import click
 
 from kvserve_api.errors import KVServeError
-from kvserve_api.names import ExitCode
+from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS, ExitCode
 from kvserve_api.otel import configure
 from kvserve_profiler.cli import profile
 
@@ -51,6 +51,18 @@ main.add_command(profile)
     help="Its uid; the result is deleted with it.",
 )
 @click.option(
+    "--artifacts",
+    envvar=ENV_ARTIFACTS,
+    default="",
+    help="URL of the store of calibration bundles; without one only strategies that need none are measured.",
+)
+@click.option(
+    "--calibration-tokens",
+    envvar=ENV_CALIBRATION_TOKENS,
+    type=click.IntRange(0),
+    help="Tokens to calibrate with; by default as many as the recipe takes, 0 to calibrate nothing.",
+)
+@click.option(
     "--termination-log",
     envvar="KVSERVE_TERMINATION_LOG",
     default=TERMINATION_LOG,
@@ -65,6 +77,8 @@ def job(
     namespace: str,
     policy: str,
     policy_uid: str,
+    artifacts: str,
+    calibration_tokens: int | None,
     termination_log: str,
 ) -> None:
     """Do the work of a profiling Job; each option has a KVSERVE_ variable."""
@@ -83,6 +97,8 @@ def job(
             texts=Path(texts),
             model=model,
             owner=Owner(namespace=namespace, name=policy, uid=policy_uid),
+            artifacts=artifacts,
+            calibration_tokens=calibration_tokens,
         )
         message = run_job(options, preset_space())
     except Exception as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kvserve_api.errors import KVServeError, PolicyError, SpecError
+from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS
 from kvserve_api.policy import KIND, Policy
 from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN
 from kvserve_api.run import ClassInputs, RunInputs
@@ -33,7 +34,7 @@ DEFAULT_MAX_TRIALS = 64
     required=True,
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where pareto.json and trials.jsonl go. A run that was stopped goes on from there.",
+    help="Where pareto.json, trials.jsonl and bundles/ go. A run that was stopped goes on from there.",
 )
 @click.option(
     "--policy",
@@ -65,6 +66,20 @@ DEFAULT_MAX_TRIALS = 64
     show_default=True,
     help="Threads of the model; codecs are always timed on one.",
 )
+@click.option(
+    "--artifacts",
+    metavar="URL",
+    envvar=ENV_ARTIFACTS,
+    default="",
+    help="Store to put the calibration bundle into as well, so that serving pods find it: file:///FOLDER, "
+    "s3://BUCKET/PREFIX. It always goes into DIR/bundles, which is a store too.",
+)
+@click.option(
+    "--calibration-tokens",
+    envvar=ENV_CALIBRATION_TOKENS,
+    type=click.IntRange(0),
+    help="Tokens to calibrate with; by default as many as the recipe takes, 0 to calibrate nothing.",
+)
 @click.pass_context
 def profile(
     context: click.Context,
@@ -75,6 +90,8 @@ def profile(
     max_trials: int | None,
     seed: int,
     threads: int,
+    artifacts: str,
+    calibration_tokens: int | None,
 ) -> None:
     """Measure compression strategies on a model and keep those that no other beats.
 
@@ -89,7 +106,15 @@ def profile(
         files = text_files(texts)
         policy = read_policy(policy_file) if policy_file else None
         inputs = local_inputs(model, policy, files, max_trials=max_trials, seed=seed)
-        run_local(inputs, model=model, out=out, text_files=files, threads=threads)
+        run_local(
+            inputs,
+            model=model,
+            out=out,
+            text_files=files,
+            threads=threads,
+            artifacts=artifacts,
+            calibration_tokens=calibration_tokens,
+        )
     except KVServeError as error:
         click.echo(f"kvserve profile: {last_words(error)}", err=True)
         context.exit(exit_code(error))

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Self
 
+from kvserve_api.errors import StrategyError
 from kvserve_api.strategy import StrategyConfig
 from kvserve_api.wire import Buffer, KVLayout
 from kvserve_profiler.model import KV
-from kvserve_strategies.blob import Expectation, decode_blob, encode_blob
-from kvserve_strategies.pipeline import Pipeline
+from kvserve_strategies import Expectation, Pipeline, decode_blob, encode_blob
+from kvserve_strategies.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +26,29 @@ class Codec:
     layout: KVLayout
 
     @classmethod
-    def of(cls, strategy: StrategyConfig, *, fingerprint: str, layout: KVLayout) -> Self:
+    def of(
+        cls,
+        strategy: StrategyConfig,
+        *,
+        fingerprint: str,
+        layout: KVLayout,
+        bundle: Bundle | None = None,
+    ) -> Self:
         """Return the codec of a strategy.
 
+        Args:
+            strategy: The strategy.
+            fingerprint: Of the model.
+            layout: The form of its KV cache.
+            bundle: The model's calibration, for strategies that need one.
+
         Raises:
-            StrategyError: The strategy can't work.
+            StrategyError: The strategy can't work, or not without a bundle.
         """
-        return cls(pipeline=Pipeline.of(strategy), fingerprint=fingerprint, layout=layout)
+        pipeline = Pipeline.of(strategy, bundle)
+        if pipeline.calibrated and pipeline.bundle is None:
+            raise StrategyError("strategy", "needs a calibration bundle, and there is none")
+        return cls(pipeline=pipeline, fingerprint=fingerprint, layout=layout)
 
     @property
     def lossless(self) -> bool:
@@ -70,6 +87,11 @@ class Codec:
             layers=range(self.layout.layers),
             tokens=range(tokens),
             max_bytes=len(blob),
+            bundles=self._find_bundle,
         )
         decoded = decode_blob(blob, expect=expect)
         return KV(keys=decoded.keys, values=decoded.values)
+
+    def _find_bundle(self, digest: str) -> Bundle | None:
+        bundle = self.pipeline.bundle
+        return bundle if bundle is not None and bundle.digest == digest else None

@@ -3,8 +3,8 @@
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias
 
 from opentelemetry import metrics, trace
 
@@ -31,8 +31,15 @@ from kvserve_profiler.search import Candidate, suggest
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import Text, unique
 from kvserve_profiler.trials import Trial, TrialLog
+from kvserve_strategies import config_needs_bundle
+from kvserve_strategies.bundle import Bundle
 
 Report: TypeAlias = Callable[[Progress, TrialLog], None]
+
+BUNDLE_KEY: Final = "bundle"
+"""In the basis of a trial log: the digest of the calibration bundle that its trials used."""
+UNCALIBRATED: Final = "none"
+"""In the provenance of a set's calibration: why there is none."""
 
 TOOLS: Final = ("kvserve", "torch", "transformers")
 _tracer = trace.get_tracer(__name__)
@@ -51,6 +58,9 @@ class Task:
         settings: How to measure.
         identity: Of the model.
         device: What the costs are measured on.
+        calibration: What the bundle is made with; empty without one.
+        bundle: The model's calibration; None until it was made, and if there is none.
+        uncalibrated: Why there is none, for people; empty otherwise.
     """
 
     inputs: RunInputs
@@ -60,6 +70,9 @@ class Task:
     settings: Settings
     identity: Identity
     device: str
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    bundle: Bundle | None = None
+    uncalibrated: str = ""
 
     @classmethod
     def of(
@@ -86,6 +99,19 @@ class Task:
             device=device_kind(),
         )
 
+    def calibrated_by(self, recipe: Mapping[str, Any]) -> "Task":
+        """Return the task with what its bundle will be made with."""
+        return replace(self, calibration=recipe)
+
+    def with_bundle(self, bundle: Bundle) -> "Task":
+        """Return the task with the model's calibration."""
+        return replace(self, bundle=bundle)
+
+    def without_bundle(self, why: str) -> "Task":
+        """Return the task without the strategies that need a calibration."""
+        space = tuple(candidate for candidate in self.space if not candidate.calibrated)
+        return replace(self, space=space, uncalibrated=why)
+
     @property
     def total(self) -> int:
         """How many strategies the run measures."""
@@ -93,8 +119,14 @@ class Task:
 
     def log(self) -> TrialLog:
         """Return the empty trial log of the task."""
+        calibration: dict[str, Any] = (
+            {} if self.bundle is None else {BUNDLE_KEY: self.bundle.digest}
+        )
+        if self.calibration:
+            calibration["calibration"] = dict(self.calibration)
         return TrialLog(
-            basis={
+            basis=calibration
+            | {
                 "fingerprint": self.identity.fingerprint,
                 "weights": self.identity.weights,
                 "texts": sorted(unique(self.texts)),
@@ -127,12 +159,14 @@ def profile(task: Task, log: TrialLog, report: Report) -> ParetoSet:
                 report(_progress(task, log, "loading the model"), log)
                 bench = Bench(Model(task.source), unique(task.texts), task.settings)
             report(_progress(task, log, f"measuring {candidate.name}"), log)
-            log = log.plus(run_trial(bench, candidate, task.identity.fingerprint))
+            log = log.plus(run_trial(bench, candidate, task.identity.fingerprint, task.bundle))
             report(_progress(task, log), log)
         return pareto_set(task, log)
 
 
-def run_trial(bench: Bench, candidate: Candidate, fingerprint: str) -> Trial:
+def run_trial(
+    bench: Bench, candidate: Candidate, fingerprint: str, bundle: Bundle | None = None
+) -> Trial:
     """Measure one strategy; a strategy that can't be measured gives a failed trial."""
     start_s = time.perf_counter()
     with _tracer.start_as_current_span(
@@ -140,7 +174,12 @@ def run_trial(bench: Bench, candidate: Candidate, fingerprint: str) -> Trial:
     ) as span:
         measurement, error = None, ""
         try:
-            codec = Codec.of(candidate.strategy, fingerprint=fingerprint, layout=bench.layout)
+            codec = Codec.of(
+                candidate.strategy,
+                fingerprint=fingerprint,
+                layout=bench.layout,
+                bundle=bundle if candidate.calibrated else None,
+            )
             measurement = bench.measure(codec)
         # a strategy may fail in any numeric way; that is news about the strategy, not about the run
         except (KVServeError, ArithmeticError, RuntimeError, ValueError) as failure:
@@ -177,7 +216,7 @@ def pareto_set(task: Task, log: TrialLog) -> ParetoSet:
         ),
         device=task.device,
         classes={
-            name: front(_profiles(log, text.digest), native_bytes)
+            name: front(_profiles(task, log, text.digest), native_bytes)
             for name, text in task.texts.items()
         },
         provenance={
@@ -185,6 +224,7 @@ def pareto_set(task: Task, log: TrialLog) -> ParetoSet:
             "image": task.inputs.image,
             "texts": {name: text.digest for name, text in task.texts.items()},
             "basis": dict(log.basis),
+            "calibration": _calibration(task),
             "codec_time_bytes": native_bytes,
             "trials": {
                 "completed": sum(trial.measurement is not None for trial in log.trials),
@@ -216,7 +256,14 @@ def require_feasible(inputs: RunInputs, result: ParetoSet) -> None:
         )
 
 
-def _profiles(log: TrialLog, text_digest: str) -> list[Profile]:
+def _calibration(task: Task) -> dict[str, Any]:
+    if task.bundle is None:
+        return {UNCALIBRATED: task.uncalibrated}
+    return {BUNDLE_KEY: task.bundle.digest, **task.bundle.provenance}
+
+
+def _profiles(task: Task, log: TrialLog, text_digest: str) -> list[Profile]:
+    digest = None if task.bundle is None else task.bundle.digest
     profiles = []
     for trial in log.trials:
         if trial.measurement is None:
@@ -232,6 +279,7 @@ def _profiles(log: TrialLog, text_digest: str) -> list[Profile]:
                 encode=trial.measurement.encode,
                 decode=trial.measurement.decode,
                 lossless=trial.measurement.lossless,
+                bundle=digest if config_needs_bundle(trial.strategy) else None,
             )
         )
     return profiles

@@ -35,6 +35,11 @@ class RunFolder:
         """Where the trial log is."""
         return self._folder / RUN_TRIALS_KEY
 
+    @property
+    def bundles(self) -> Path:
+        """Where calibration bundles are; an artifact store."""
+        return self._folder.absolute() / "bundles"
+
     def load(self) -> str:
         """Return the trial log of an earlier run; empty for none.
 

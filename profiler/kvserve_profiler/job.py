@@ -10,15 +10,17 @@ from typing import Final
 from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import Progress, RunInputs
+from kvserve_profiler.calibration import Calibration
 from kvserve_profiler.coalesce import Coalescer
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
-from kvserve_profiler.engine import Task, profile, require_feasible
+from kvserve_profiler.engine import UNCALIBRATED, Task, profile, require_feasible
 from kvserve_profiler.exits import last_words
 from kvserve_profiler.model import Source
 from kvserve_profiler.search import Candidate
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import of_inputs
 from kvserve_profiler.trials import TrialLog
+from kvserve_strategies.artifacts import open_store
 
 MAX_INPUTS_BYTES: Final = 1024 * 1024
 WRITE_INTERVAL_S: Final = 1.0
@@ -33,12 +35,16 @@ class JobOptions:
         texts: Folder with ``<class>.txt``.
         model: Folder of the model; empty for the hub.
         owner: The policy.
+        artifacts: URL of the store of calibration bundles; empty to measure only what needs none.
+        calibration_tokens: See `Calibration`.
     """
 
     inputs: Path
     texts: Path
     model: str
     owner: Owner
+    artifacts: str = ""
+    calibration_tokens: int | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +72,8 @@ def run_job(options: JobOptions, space: Sequence[Candidate]) -> str:
         try:
             result = _measure(options, inputs, space, maps, state)
             message = maps.publish(result)
+            if why := result.provenance["calibration"].get(UNCALIBRATED):
+                message += f"; nothing calibrated was measured: {why}"
             require_feasible(inputs, result)
         except Exception as error:
             _save_last(maps, state, last_words(error))
@@ -81,7 +89,7 @@ def _measure(
     maps: RunConfigMaps,
     state: State,
 ) -> ParetoSet:
-    with Coalescer[tuple[Progress, TrialLog]](
+    with Coalescer[tuple[Progress, TrialLog | None]](
         lambda value: maps.save(*value),
         interval_s=WRITE_INTERVAL_S,
         on_error=lambda error: say(f"progress not written: {last_words(error)}"),
@@ -92,13 +100,24 @@ def _measure(
             say(f"{progress} {progress.message}".rstrip())
             writer.put((progress, log))
 
+        def tell(message: str) -> None:
+            state.progress = Progress(total=min(inputs.max_trials, len(space)), message=message)
+            say(f"{state.progress} {message}")
+            writer.put((state.progress, None))
+
         state.progress = Progress(total=min(inputs.max_trials, len(space)), message="starting")
         texts = of_inputs(inputs, options.texts)
         source = Source(location=options.model or inputs.model, revision=inputs.revision)
         task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed))
+        earlier = maps.load()
+        calibration = Calibration(
+            store=open_store(options.artifacts) if options.artifacts else None,
+            tokens=options.calibration_tokens,
+        )
+        task = calibration.make(calibration.plan(task), earlier, tell)
         log = task.log()
         try:
-            log = log.resume(maps.load())
+            log = log.resume(earlier)
         except ArtifactError as error:
             say(f"trials of an earlier pod not used: {error}")
         return profile(task, log, report)

@@ -1,7 +1,7 @@
 """A run on this machine: its texts from files, its output into a folder, its progress onto the terminal."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from rich.progress import Progress as Bar
 
 from kvserve_api.otel import configure
 from kvserve_api.run import Progress, RunInputs
-from kvserve_profiler.engine import Report, Task, profile, require_feasible
+from kvserve_profiler.calibration import Calibration
+from kvserve_profiler.engine import BUNDLE_KEY, Task, profile, require_feasible
 from kvserve_profiler.folder import RunFolder
 from kvserve_profiler.model import Source
 from kvserve_profiler.search import preset_space
@@ -19,10 +20,18 @@ from kvserve_profiler.settings import Settings
 from kvserve_profiler.tables import results
 from kvserve_profiler.texts import Text
 from kvserve_profiler.trials import TrialLog
+from kvserve_strategies.artifacts import open_store
 
 
 def run_local(
-    inputs: RunInputs, *, model: Path, out: Path, text_files: Mapping[str, Path], threads: int
+    inputs: RunInputs,
+    *,
+    model: Path,
+    out: Path,
+    text_files: Mapping[str, Path],
+    threads: int,
+    artifacts: str = "",
+    calibration_tokens: int | None = None,
 ) -> None:
     """Do a run, or what is left of it, and print its result.
 
@@ -32,6 +41,8 @@ def run_local(
         out: Output folder.
         text_files: Text of each workload class that does not use the default class's.
         threads: Threads of the model.
+        artifacts: URL of a store that gets the calibration bundle too; empty for none.
+        calibration_tokens: See `Calibration`.
 
     Raises:
         SpecError: An input is wrong.
@@ -47,8 +58,24 @@ def run_local(
         source = Source(location=str(model))
         settings = Settings(seed=inputs.seed, threads=threads)
         task = Task.of(inputs, source, texts, preset_space(), settings)
-        log = task.log().resume(folder.load())
-        with _live(folder) as report:
+        store = open_store(artifacts) if artifacts else None
+        calibration = Calibration(
+            store=open_store(folder.bundles.as_uri()), tokens=calibration_tokens
+        )
+        earlier = folder.load()
+        task = calibration.plan(task)
+        # trials of something else are refused before minutes of calibration
+        task.log().resume(earlier, but=BUNDLE_KEY)
+        with _live() as show:
+            task = calibration.make(task, earlier, lambda message: show(Progress(message=message)))
+            log = task.log().resume(earlier)
+            if store is not None and task.bundle is not None:
+                store.put_bundle(folder.bundles / task.bundle.digest.removeprefix("sha256:"))
+
+            def report(progress: Progress, log: TrialLog) -> None:
+                folder.save(log)
+                show(progress)
+
             result = profile(task, log, report)
         path = folder.publish(result)
     finally:
@@ -84,8 +111,8 @@ def _with_digests(
 
 
 @contextmanager
-def _live(folder: RunFolder) -> Iterator[Report]:
-    """Save each trial, and show the progress: a bar on a terminal, else a line for each step."""
+def _live() -> Iterator[Callable[[Progress], None]]:
+    """Yield what shows the progress: a bar on a terminal, else a line for each step."""
     console = Console(stderr=True)
     bar = Bar(
         TextColumn("{task.description}"),
@@ -98,12 +125,11 @@ def _live(folder: RunFolder) -> Iterator[Report]:
     with bar:
         row = bar.add_task("starting", total=None)
 
-        def report(progress: Progress, log: TrialLog) -> None:
-            folder.save(log)
+        def show(progress: Progress) -> None:
             done = progress.completed + progress.failed
             message = progress.message or "measured"
-            bar.update(row, description=message, completed=done, total=progress.total)
+            bar.update(row, description=message, completed=done, total=progress.total or None)
             if not console.is_terminal and progress.message:
                 console.print(f"{progress} {progress.message}", highlight=False)
 
-        yield report
+        yield show

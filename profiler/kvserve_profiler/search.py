@@ -6,9 +6,11 @@ A pure function of the space and the trials so far, so that a resumed run goes o
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from kvserve_api.errors import StrategyError
 from kvserve_api.profile_set import NONE
 from kvserve_api.strategy import StrategyConfig
-from kvserve_strategies.presets import PRESETS
+from kvserve_strategies import PRESETS, config_needs_bundle
+from kvserve_strategies.peers import PEERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,14 @@ class Candidate:
 
     name: str
     strategy: StrategyConfig
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs a calibration bundle; a strategy that can't work needs none."""
+        try:
+            return config_needs_bundle(self.strategy)
+        except StrategyError:
+            return False
 
 
 def suggest(
@@ -42,6 +52,7 @@ def suggest(
 
 
 def preset_space() -> tuple[Candidate, ...]:
-    """Return the presets, ``none`` first: without it there is no Pareto set."""
-    named = {name: Candidate(name=name, strategy=strategy) for name, strategy in PRESETS.items()}
-    return (named.pop(NONE), *named.values())
+    """Return the presets: ``none``, without which there is no set, ours that are calibrated, our others, the peers'."""
+    named = [Candidate(name=name, strategy=strategy) for name, strategy in PRESETS.items()]
+    # a short budget of trials goes to those that are seldom beaten
+    return tuple(sorted(named, key=lambda c: (c.name != NONE, c.name in PEERS, not c.calibrated)))

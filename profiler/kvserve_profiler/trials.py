@@ -148,11 +148,12 @@ class TrialLog:
         ]
         return [canonical_json(value).decode() + "\n" for value in objects]
 
-    def resume(self, text: str) -> "TrialLog":
+    def resume(self, text: str, *, but: str = "") -> "TrialLog":
         """Return this log with the trials of an earlier text of it.
 
         Args:
             text: What `lines` returned before, joined and possibly cut anywhere; empty for none.
+            but: What of the basis may differ, because it is not known yet.
 
         Raises:
             ArtifactError: The text is no trial log, or its trials were measured with something else.
@@ -166,16 +167,29 @@ class TrialLog:
         fields.done()
         mine = json.loads(canonical_json(dict(self.basis)))
         if basis != mine:
-            keys = sorted(k for k in {*basis, *mine} if basis.get(k) != mine.get(k))
-            raise ArtifactError(
-                "trials.jsonl",
-                f"holds trials of another run (different: {', '.join(keys)}): remove it to begin anew",
-            )
+            keys = sorted(k for k in {*basis, *mine} - {but} if basis.get(k) != mine.get(k))
+            if keys:
+                raise ArtifactError(
+                    "trials.jsonl",
+                    f"holds trials of another run (different: {', '.join(keys)}): remove it to begin anew",
+                )
         trials = tuple(
             Trial.from_json(_read(line, f"line {number}"))
             for number, line in enumerate(lines[1:], start=2)
         )
         return TrialLog(basis=self.basis, trials=trials)
+
+
+def basis_of(text: str) -> Mapping[str, Any]:
+    """Return what the trials of a log were measured with; empty if the text is no log.
+
+    Args:
+        text: See `TrialLog.resume`.
+    """
+    try:
+        return _read(text.split("\n", 1)[0], "line 1").mapping("basis", {})
+    except ArtifactError:
+        return {}
 
 
 def _read(line: str, where: str) -> Fields:

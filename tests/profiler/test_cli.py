@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from kvserve_api.errors import PolicyError, SpecError
 from kvserve_api.profile_set import ParetoSet
 from kvserve_profiler.cli import local_inputs, profile, read_policy, text_files
+from kvserve_strategies.artifacts import open_store
 
 POLICY = """
 apiVersion: v1
@@ -36,6 +37,13 @@ spec:
     quality: {maxLossBasisPoints: 9000}
     evaluation: {configMapRef: {name: texts, key: code}}
 """
+
+
+@pytest.fixture(autouse=True)
+def no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what would calibrate, and keep fetched bundles apart."""
+    monkeypatch.setenv("KVSERVE_CALIBRATION_TOKENS", "0")
+    monkeypatch.setenv("KVSERVE_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -74,6 +82,32 @@ def test_a_run_writes_the_set_and_the_log(
     assert again.exit_code == 0
     assert "measuring" not in again.stderr
     assert ParetoSet.parse((tmp_path / "out" / "pareto.json").read_bytes()) == result
+
+
+def test_a_calibrated_run_leaves_its_bundle(model_folder: Path, tmp_path: Path) -> None:
+    """The bundle is in DIR/bundles and in the store that was named; a second run finds it there."""
+    out, store = tmp_path / "out", tmp_path / "store"
+    arguments = (
+        "--model", model_folder, "--out", out, "--artifacts", store.as_uri(),
+        "--calibration-tokens", 2048, "--max-trials",
+    )  # fmt: skip
+    done = invoke(*arguments, 2)
+    assert done.exit_code in (0, 65), done.output
+    assert "calibrating" in done.stderr
+    basis, _, trial = map(json.loads, (out / "trials.jsonl").read_text().splitlines())
+    assert "measurement" in trial
+    digest = basis["basis"]["bundle"]
+    result = ParetoSet.parse((out / "pareto.json").read_bytes())
+    assert result.provenance["calibration"]["bundle"] == digest
+    for url in (store.as_uri(), (out / "bundles").as_uri()):
+        assert open_store(url).get_bundle(digest).digest == digest
+    again = invoke(*arguments, 3)
+    assert again.exit_code in (0, 65)
+    assert "calibrating" not in again.stderr
+    assert "measuring" in again.stderr
+    other = invoke(*arguments, 3, "--calibration-tokens", 4096)
+    assert other.exit_code == 64
+    assert "different: calibration" in other.stderr
 
 
 def test_an_infeasible_budget_is_65_after_writing(

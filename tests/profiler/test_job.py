@@ -22,7 +22,9 @@ from kvserve_api.run import ClassInputs, Progress, RunInputs
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
 from kvserve_profiler.job import JobOptions, run_job
 from kvserve_profiler.search import Candidate
-from kvserve_profiler.trials import TrialLog
+from kvserve_profiler.trials import TrialLog, basis_of
+from kvserve_strategies.artifacts import open_store
+from random_bundles import joint_strategy
 from testcluster import Cluster
 
 CRD = Path(__file__).parents[2] / "crds" / "kvservepolicies.yaml"
@@ -193,6 +195,45 @@ def test_a_job_publishes_and_a_second_one_changes_nothing(
     assert run_job(stage.options, space) == message
     assert "measuring" not in capfd.readouterr().err
     assert stage.get(stage.pareto_name)["metadata"]["uid"] == made["metadata"]["uid"]
+
+
+def test_without_a_store_the_job_says_what_it_left_out(
+    stage: Stage, space: tuple[Candidate, ...]
+) -> None:
+    """Strategies that need a bundle are not measured where there is no store for it, and the last message tells."""
+    joint = Candidate(name="joint", strategy=joint_strategy(layers=2))
+    message = run_job(stage.options, (*space[:2], joint))
+    result = ParetoSet.parse(stage.get(stage.pareto_name)["data"]["pareto.json"].encode())
+    assert "joint" not in {profile.name for profile in result.profiles("default")}
+    assert "KVSERVE_ARTIFACTS" in result.provenance["calibration"]["none"]
+    assert "nothing calibrated was measured" in message
+    assert stage.progress() == Progress(completed=2, failed=0, total=2, message=message)
+
+
+def test_a_job_that_is_repeated_calibrates_once(
+    stage: Stage,
+    space: tuple[Candidate, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The bundle is in the store before the set names it; a second pod fetches it and measures nothing."""
+    monkeypatch.setenv("KVSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    url = (tmp_path / "store").as_uri()
+    options = dataclasses.replace(stage.options, artifacts=url, calibration_tokens=2048)
+    joint = Candidate(name="joint", strategy=joint_strategy(layers=2, space="query"))
+    message = run_job(options, (*space[:2], joint))
+    assert "calibrating" in capfd.readouterr().err
+    log = stage.get(stage.run_name)["data"]["trials.jsonl"]
+    bundle = open_store(url).get_bundle(basis_of(log)["bundle"])
+    assert bundle.model_fingerprint == basis_of(log)["fingerprint"]
+    result = ParetoSet.parse(stage.get(stage.pareto_name)["data"]["pareto.json"].encode())
+    assert result.provenance["calibration"]["bundle"] == bundle.digest
+    assert stage.progress() == Progress(completed=3, failed=0, total=3, message=message)
+    assert run_job(options, (*space[:2], joint)) == message
+    said = capfd.readouterr().err
+    assert "calibrating" not in said
+    assert "measuring" not in said
 
 
 def test_a_set_that_exists_stays(stage: Stage, space: tuple[Candidate, ...]) -> None:
