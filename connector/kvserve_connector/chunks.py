@@ -12,6 +12,8 @@ MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
 TOKEN_STEP: Final = 128
 """Cuts between tokens fall on multiples of this, so that coders with token groups lose nothing."""
+LANES: Final = 32
+"""Where many layers make even that too many tokens: what entropy coders code side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +32,10 @@ class Chunk:
         return layout.native_bytes(len(self.tokens)) // layout.layers * len(self.layers)
 
 
-def plan(layout: KVLayout, tokens: range, chunk_layers: int) -> tuple[Chunk, ...]:
-    """Cut a transfer into chunks of at most so many layers and ``MAX_CHUNK_BYTES``.
+def plan(
+    layout: KVLayout, tokens: range, chunk_layers: int, *, layer_multiple: int = 1
+) -> tuple[Chunk, ...]:
+    """Cut a transfer into chunks of at most ``MAX_CHUNK_BYTES``, and of at most so many layers if the strategy allows.
 
     Token ranges are the outer loop, so that a coder sees long runs of tokens first.
 
@@ -39,12 +43,15 @@ def plan(layout: KVLayout, tokens: range, chunk_layers: int) -> tuple[Chunk, ...
         layout: Form of the cache.
         tokens: Which tokens are sent.
         chunk_layers: Most layers in a chunk.
+        layer_multiple: Layers that the strategy codes together: chunks begin at multiples of it, and hold as many even
+            if that is more than ``chunk_layers``.
     """
     layer_bytes = layout.native_bytes(1) // layout.layers
-    most_tokens = max(TOKEN_STEP, MAX_CHUNK_BYTES // layer_bytes // TOKEN_STEP * TOKEN_STEP)
-    token_step = min(most_tokens, len(tokens))
-    fitting = max(1, MAX_CHUNK_BYTES // (layer_bytes * token_step))
-    layer_step = min(chunk_layers, fitting, layout.layers)
+    least_layers = min(layer_multiple, layout.layers)
+    token_step = min(_most_tokens(layer_bytes, least_layers), len(tokens))
+    fitting = MAX_CHUNK_BYTES // (layer_bytes * token_step)
+    most_layers = min(chunk_layers, fitting, layout.layers) // least_layers * least_layers
+    layer_step = max(least_layers, most_layers)
     return tuple(
         Chunk(
             layers=range(layer, min(layer + layer_step, layout.layers)),
@@ -53,6 +60,15 @@ def plan(layout: KVLayout, tokens: range, chunk_layers: int) -> tuple[Chunk, ...
         for token in range(tokens.start, tokens.stop, token_step)
         for layer in range(0, layout.layers, layer_step)
     )
+
+
+def _most_tokens(layer_bytes: int, layers: int) -> int:
+    """Return the most tokens of a chunk of so many layers; a single layer takes ``TOKEN_STEP``, however large."""
+    fitting = MAX_CHUNK_BYTES // (layer_bytes * layers)
+    if layers == 1:
+        return max(TOKEN_STEP, fitting // TOKEN_STEP * TOKEN_STEP)
+    step = TOKEN_STEP if fitting >= TOKEN_STEP else LANES if fitting >= LANES else 1
+    return max(1, fitting // step * step)
 
 
 def check_cover(chunks: Sequence[Chunk], layout: KVLayout, tokens: range) -> None:

@@ -28,6 +28,7 @@ from kvserve_api.telemetry import (
     SPAN_WIRE,
 )
 from kvserve_connector import tracing
+from kvserve_connector.bundles import BundleBook
 from kvserve_connector.chunks import Chunk, check_cover
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
@@ -96,6 +97,7 @@ class TransferClient:
         engine: The engine's facts.
         cache: The engine's KV cache.
         stages: Ids of the stages that can be decoded here.
+        bundles: The calibration bundles that blobs may be decoded with.
         coders: Threads that decode and write the cache.
         report: Takes each outcome, in a thread of the client's.
     """
@@ -106,6 +108,7 @@ class TransferClient:
         engine: Engine,
         cache: PagedCache,
         stages: frozenset[str],
+        bundles: BundleBook,
         coders: Executor,
         report: Callable[[Outcome], None],
     ) -> None:
@@ -113,9 +116,10 @@ class TransferClient:
         self._engine = engine
         self._cache = cache
         self._stages = stages
+        self._bundles = bundles
         self._coders = coders
         self._report = report
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout)
+        self._coder = ChunkCoder(engine.fingerprint, engine.layout, bundles.find)
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
         self._lock = threading.Lock()
         self._active: dict[str, _Active] = {}
@@ -248,6 +252,7 @@ class TransferClient:
             fingerprint=self._engine.fingerprint,
             layout=self._engine.layout,
             stages=self._stages,
+            bundles=self._bundles.ready,
             budget_s=left_s,
             traceparent=tracing.traceparent(),
         )

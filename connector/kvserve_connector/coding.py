@@ -1,19 +1,29 @@
 """Coding of one chunk: the connector's only door to `kvserve_strategies`."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Final, TypeAlias
 
 import torch
 
 from kvserve_api.errors import ValuesError
 from kvserve_api.profile_set import NONE
 from kvserve_api.wire import KVLayout
-from kvserve_connector.chunks import Chunk
+from kvserve_connector.chunks import Chunk, plan
 from kvserve_strategies import Expectation, Pipeline, decode_blob, encode_blob, preset
+from kvserve_strategies.bundle import Bundle
 from kvserve_strategies.registry import STAGES
 
 BLOB_SLACK_BYTES = 1 << 18
 """What a blob may have beyond twice its native bytes: header, tables, checksums."""
+
+
+WARM_UP_TOKENS: Final = 33
+"""Tokens of the chunks that a new pipeline codes first: more than the lanes of an entropy coder, and than its sinks."""
+
+FindBundle: TypeAlias = Callable[[str], Bundle | None]
+"""Returns the calibration bundle of a digest if this pod has it; never fetches."""
 
 
 @lru_cache(maxsize=1)
@@ -34,11 +44,13 @@ class ChunkCoder:
     Args:
         fingerprint: Identity of the model.
         layout: Form of its cache.
+        find_bundle: Returns a calibration bundle that blobs may be decoded with now.
     """
 
-    def __init__(self, fingerprint: str, layout: KVLayout) -> None:
+    def __init__(self, fingerprint: str, layout: KVLayout, find_bundle: FindBundle) -> None:
         self._fingerprint = fingerprint
         self._layout = layout
+        self._find_bundle = find_bundle
 
     def encode(
         self, pipeline: Pipeline, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor
@@ -54,8 +66,38 @@ class ChunkCoder:
         """Return the chunk's keys and values ``[layers, tokens, heads, dim]``.
 
         Raises:
-            WireError: The blob is damaged, or is not this chunk of this model.
+            WireError: The blob is damaged, is not this chunk of this model, or needs a bundle that is not here.
         """
+        return self._decode(blob, chunk, self._find_bundle)
+
+    def warm_up(self, pipeline: Pipeline) -> None:
+        """Code small chunks there and back, so that the first transfer does not wait for compilers.
+
+        What is calibrated has other matrices in each group of layers: then every group is coded once.
+        """
+        tokens = range(WARM_UP_TOKENS)
+        # not those of `decode`, among which it may not be yet
+        own = {} if pipeline.bundle is None else {pipeline.bundle.digest: pipeline.bundle}
+        chunks = plan(self._layout, tokens, 2, layer_multiple=pipeline.layer_step)
+        for chunk in chunks if own else chunks[:1]:
+            shape = (
+                len(chunk.layers),
+                len(chunk.tokens),
+                self._layout.kv_heads,
+                self._layout.head_dim,
+            )
+            ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+            ramp = ramp.to(getattr(torch, self._layout.dtype))
+            blob = self.encode(pipeline, chunk, ramp, ramp.flip(1))
+            self._decode(bytearray(blob), chunk, own.get)
+
+    def max_bytes(self, chunk: Chunk) -> int:
+        """Return the most bytes that a chunk's blob may have; more is refused before it is read."""
+        return 2 * chunk.native_bytes(self._layout) + BLOB_SLACK_BYTES
+
+    def _decode(
+        self, blob: bytearray, chunk: Chunk, find_bundle: FindBundle
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = decode_blob(
             blob,
             expect=Expectation(
@@ -64,22 +106,10 @@ class ChunkCoder:
                 layers=chunk.layers,
                 tokens=chunk.tokens,
                 max_bytes=self.max_bytes(chunk),
+                bundles=find_bundle,
             ),
         )
         return decoded.keys, decoded.values
-
-    def warm_up(self, pipeline: Pipeline) -> None:
-        """Code a small chunk there and back, so that the first transfer does not wait for compilers."""
-        chunk = Chunk(layers=range(min(2, self._layout.layers)), tokens=range(33))
-        shape = (len(chunk.layers), 33, self._layout.kv_heads, self._layout.head_dim)
-        ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-        ramp = ramp.to(getattr(torch, self._layout.dtype))
-        blob = self.encode(pipeline, chunk, ramp, ramp.flip(1))
-        self.decode(bytearray(blob), chunk)
-
-    def max_bytes(self, chunk: Chunk) -> int:
-        """Return the most bytes that a chunk's blob may have; more is refused before it is read."""
-        return 2 * chunk.native_bytes(self._layout) + BLOB_SLACK_BYTES
 
     def _encode(
         self, pipeline: Pipeline, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor

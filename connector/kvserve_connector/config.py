@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
+from kvserve_api.names import ENV_ARTIFACTS
 
 PATH = "kv_connector_extra_config"
 DEFAULT_PORT = 7790
@@ -21,6 +22,7 @@ class ConnectorConfig:
     Attributes:
         control_endpoint: ``host:port`` of the controller; None to run without one, which sends everything raw.
         policy: ``namespace/name`` of the policy to follow; None lets the pod's labels decide.
+        artifacts: URL of the store of calibration bundles; None refuses tables that need one.
         listen_host: Address that a producer's transfer server binds.
         listen_port: Its port; 0 takes any free one.
         advertise_host: Address that consumers use to reach this producer.
@@ -39,6 +41,7 @@ class ConnectorConfig:
 
     control_endpoint: str | None = None
     policy: str | None = None
+    artifacts: str | None = None
     listen_host: str = "0.0.0.0"
     listen_port: int = DEFAULT_PORT
     advertise_host: str = "127.0.0.1"
@@ -66,7 +69,7 @@ class ConnectorConfig:
         Args:
             extra: vLLM's ``kv_connector_extra_config``.
             env: The process environment; ``POD_NAME``, ``POD_NAMESPACE`` and ``POD_IP`` are used, as the downward API
-                sets them.
+                sets them, and ``KVSERVE_ARTIFACTS``.
             host_ip: The address to advertise where neither the settings nor ``POD_IP`` name one.
 
         Raises:
@@ -77,6 +80,9 @@ class ConnectorConfig:
         config = cls(
             control_endpoint=fields.string("control_endpoint", None, max_length=512),
             policy=fields.string("policy", None, max_length=320),
+            artifacts=fields.string("artifacts", None, max_length=2048)
+            or env.get(ENV_ARTIFACTS)
+            or None,
             listen_host=fields.string("listen_host", "0.0.0.0", max_length=255),
             listen_port=fields.integer("listen_port", DEFAULT_PORT, minimum=0, maximum=65_535),
             advertise_host=fields.string("advertise_host", None, max_length=255)

@@ -16,7 +16,7 @@ from typing import Final
 
 import grpc
 
-from kvserve_api.errors import KVServeError
+from kvserve_api.errors import KVServeError, UnavailableError
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.messages import (
@@ -26,6 +26,7 @@ from kvserve_api.rpc.messages import (
     version_to_message,
 )
 from kvserve_api.table import Role
+from kvserve_connector.bundles import BundleBook, wanted_by
 from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
@@ -39,6 +40,8 @@ MAX_REPORTS: Final = 1000
 REPORT_EVERY_S: Final = 1.0
 FIRST_BACKOFF_S: Final = 0.2
 LAST_BACKOFF_S: Final = 5.0
+ANSWER_S: Final = 25.0
+"""After this time a table that is still not ready is refused for now; the controller would end the stream at 30 s."""
 HEALTHY_S: Final = 10.0
 """A stream that lived as long starts the backoff anew."""
 Call = grpc.aio.StreamStreamCall[pb.PodMessage, pb.ControllerMessage]
@@ -72,6 +75,7 @@ class ControlClient:
         identity: What to say in the Hello.
         selector: Where tables are put in force.
         dropped: Takes the number of reports that found no room.
+        bundles: Where the calibration bundles of tables come from.
         warm_up: Makes a new table's pipelines fast before it is acknowledged.
     """
 
@@ -81,16 +85,20 @@ class ControlClient:
         identity: Identity,
         selector: Selector,
         dropped: Callable[[int], None],
+        bundles: BundleBook,
         warm_up: Callable[[ReadyTable], None],
     ) -> None:
         self._config = config
         self._identity = identity
         self._selector = selector
         self._dropped = dropped
+        self._bundles = bundles
         self._warm_up = warm_up
         self._reports: deque[pb.TransferReport] = deque(maxlen=MAX_REPORTS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
+        self._building = threading.Lock()
+        self._installing = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="kvserve-control", daemon=True)
 
     def start(self) -> None:
@@ -170,29 +178,66 @@ class ControlClient:
                     yield pb.PodMessage(reports=pb.TransferReports(reports=batch))
 
     async def _read(self, call: Call, answers: "asyncio.Queue[pb.PodMessage]") -> None:
-        async for message in call:
-            match message.WhichOneof("body"):
-                case "push":
-                    # building may compile code; meanwhile the stream stays alive
-                    answer = await asyncio.to_thread(self._apply, message.push)
-                    await answers.put(answer)
-                case "heartbeat":
-                    self._selector.renew(version_from_message(message.heartbeat.version))
-                case "release":
-                    logger.info("no policy applies to this pod: %s", message.release.reason)
-                    self._selector.drop()
-                case _:
-                    pass
+        abandoned = threading.Event()
+        applying: set[asyncio.Task[None]] = set()
+        try:
+            async for message in call:
+                match message.WhichOneof("body"):
+                    case "push":
+                        abandoned.set()
+                        abandoned = threading.Event()
+                        # fetching bundles and compiling code take a while; meanwhile the stream stays alive
+                        task = asyncio.create_task(self._answer(message.push, answers, abandoned))
+                        applying.add(task)
+                        task.add_done_callback(applying.discard)
+                    case "heartbeat":
+                        self._selector.renew(version_from_message(message.heartbeat.version))
+                    case "release":
+                        logger.info("no policy applies to this pod: %s", message.release.reason)
+                        with self._installing:
+                            abandoned.set()
+                            self._selector.drop()
+                    case _:
+                        pass
+        finally:
+            # a table of this stream must not come into force when the next one has begun
+            with self._installing:
+                abandoned.set()
+            for task in applying:
+                task.cancel()
 
-    def _apply(self, push: pb.Push) -> pb.PodMessage:
-        """Put a pushed table in force, and return the answer to it."""
+    async def _answer(
+        self,
+        push: pb.Push,
+        answers: "asyncio.Queue[pb.PodMessage]",
+        abandoned: threading.Event,
+    ) -> None:
+        applying = asyncio.create_task(asyncio.to_thread(self._apply, push, abandoned))
+        done, _ = await asyncio.wait({applying}, timeout=ANSWER_S)
+        if not done:
+            # what is built by then is kept: the table comes again, and is faster
+            with self._installing:
+                abandoned.set()
+            applying.add_done_callback(lambda task: task.cancelled() or task.exception())
+            version = version_from_message(push.version)
+            logger.warning("table %s takes long to make ready", version)
+            await answers.put(_nack(push, UnavailableError.reason, "still being made ready"))
+        elif (answer := applying.result()) is not None:
+            await answers.put(answer)
+
+    def _apply(self, push: pb.Push, abandoned: threading.Event) -> pb.PodMessage | None:
+        """Put a pushed table in force, and return the answer to it; None if nobody waits for one any more."""
         version = version_from_message(push.version)
         current = self._selector.table
         if current is not None and version < current.version:
             return _nack(push, STALE_VERSION, f"version {current.version} is in force")
         try:
-            ready = ReadyTable.of(table_from_push(push))
-            self._warm_up(ready)
+            table = table_from_push(push)
+            bundles = self._bundles.obtain(wanted_by(table), abandoned)
+            # one after the other: the second finds what the first has built
+            with self._building:
+                ready = ReadyTable.of(table, bundles)
+                self._warm_up(ready)
         except KVServeError as error:
             logger.warning("table %s refused: %s", version, error)
             return _nack(push, error.reason, str(error))
@@ -200,7 +245,12 @@ class ControlClient:
             # a table that this pod stumbles over must be refused, not leave the controller waiting
             logger.exception("table %s refused", version)
             return _nack(push, KVServeError.reason, str(error))
-        self._selector.install(ready)
+        with self._installing:
+            if abandoned.is_set():
+                return None
+            # first what decodes, then the word that it may be sent
+            self._bundles.keep(ready.bundles)
+            self._selector.install(ready)
         logger.info("table %s of policy %s is in force", version, ready.table.policy)
         return pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce))
 

@@ -14,6 +14,7 @@ self-describing blob with checksums of its own. Over one connection, one transfe
 """
 
 import json
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ HEADER_BYTES: Final = HEADER.size
 MAX_MESSAGE_BYTES: Final = 1 << 20
 MAX_CHUNKS: Final = 8192
 MAX_STAGES: Final = 256
+MAX_BUNDLES: Final = 64
 PROTOCOL: Final = 1
 _CRC = struct.Struct("<I")
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Kind(IntEnum):
@@ -117,6 +120,7 @@ class Pull:
         fingerprint: The consumer's model.
         layout: Form of the consumer's cache.
         stages: Ids of the stages it can decode.
+        bundles: Digests of the calibration bundles that it has ready.
         budget_s: Seconds until it gives up.
         traceparent: Its transfer span.
     """
@@ -130,12 +134,16 @@ class Pull:
     stages: frozenset[str]
     budget_s: float
     traceparent: str | None
+    bundles: frozenset[str] = frozenset()
 
     def pack(self) -> bytes:
         """Return the frame."""
+        # a producer that knows no bundles must not stumble over a consumer that has none
+        bundles = {"bundles": sorted(self.bundles)} if self.bundles else {}
         return pack_message(
             Kind.PULL,
-            {
+            bundles
+            | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
                 "request_id": self.request_id,
@@ -168,6 +176,7 @@ class Pull:
                     dtype=layout.string("dtype", max_length=16),
                 ),
                 stages=frozenset(map(_stage, fields.items("stages", max_items=MAX_STAGES))),
+                bundles=frozenset(map(_bundle, fields.items("bundles", [], max_items=MAX_BUNDLES))),
                 budget_s=fields.number("budget_s", minimum=0, maximum=3600),
                 traceparent=fields.string("traceparent", None, max_length=128),
             )
@@ -344,6 +353,12 @@ def _name(value: str, where: str) -> str:
 def _stage(value: object) -> str:
     if not isinstance(value, str) or len(value) > 64:
         raise SpecError("stages", "must be strings of at most 64 characters")
+    return value
+
+
+def _bundle(value: object) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise SpecError("bundles", "must be digests of the form sha256:<64 hex digits>")
     return value
 
 

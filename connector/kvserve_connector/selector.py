@@ -1,26 +1,29 @@
 """The table in force in this pod, and the choice it makes for each transfer.
 
-A table is made ready once, when it arrives: its pipelines are built, and for each kind of consumer the candidates that
-it can't decode are struck out. Choosing then is arithmetic on values that never change; a new table replaces all of
-them at once.
+A table is made ready once, when it arrives: its pipelines are built, with the calibration bundles that were fetched for
+it, and for each kind of consumer the candidates that it can't decode are struck out. Choosing then is arithmetic on
+values that never change; a new table replaces all of them at once.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final
 
-from kvserve_api.errors import UnsupportedError
+from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link
 from kvserve_api.profile_set import NONE
 from kvserve_api.selection import RAW, Bound, Selection, select
 from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import raw_pipeline
 from kvserve_strategies import Pipeline
+from kvserve_strategies.bundle import Bundle
 
 DEFAULT_BYTES_PER_S: Final = 125e6
 """Goodput to assume of an unmeasured link without a table: 1 Gbit/s."""
 MAX_VIEWS: Final = 64
+_NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,38 +50,49 @@ class ReadyTable:
     Attributes:
         table: The table.
         pipelines: For each candidate its pipeline.
-        views: For each set of stages a consumer has: the table without what it can't decode. Filled on demand.
+        bundles: Every calibration bundle that they use, by digest.
+        views: For each set of stages and bundles a consumer has: the table without what it can't decode. Filled on
+            demand.
     """
 
     table: DecisionTable
     pipelines: Mapping[str, Pipeline]
-    views: dict[frozenset[str], DecisionTable] = field(default_factory=dict)
+    bundles: Mapping[str, Bundle] = field(default_factory=dict)
+    views: dict[tuple[frozenset[str], frozenset[str]], DecisionTable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: DecisionTable) -> "ReadyTable":
+    def of(cls, table: DecisionTable, bundles: Mapping[str, Bundle] = _NO_BUNDLES) -> "ReadyTable":
         """Build what the table needs.
 
-        Raises:
-            StrategyError: A strategy can't work here.
-            UnsupportedError: A candidate needs a calibration bundle, which this version has no way to get.
-        """
-        for candidate in table.candidates.values():
-            if candidate.bundle is not None:
-                raise UnsupportedError(
-                    f"profile {candidate.name} needs calibration bundle {candidate.bundle}, which"
-                    " this pod can't load"
-                )
-        pipelines = {name: Pipeline.of(c.strategy) for name, c in table.candidates.items()}
-        return cls(table=table, pipelines=pipelines)
+        Args:
+            table: The table.
+            bundles: The calibration bundles that it wants, by digest.
 
-    def decodable(self, stages: frozenset[str]) -> DecisionTable:
-        """Return the table as it applies to a consumer with these stages."""
-        view = self.views.get(stages)
+        Raises:
+            StrategyError: A strategy can't work here, or not without a bundle.
+        """
+        pipelines = {
+            name: Pipeline.of(candidate.strategy, bundles.get(candidate.bundle or ""))
+            for name, candidate in table.candidates.items()
+        }
+        for name, pipeline in pipelines.items():
+            if pipeline.calibrated and pipeline.bundle is None:
+                raise StrategyError(name, "needs a calibration bundle, and the table names none")
+        return cls(table=table, pipelines=pipelines, bundles=bundles)
+
+    def decodable(self, stages: frozenset[str], bundles: frozenset[str]) -> DecisionTable:
+        """Return the table as it applies to a consumer with these stages and bundles."""
+        view = self.views.get((stages, bundles))
         if view is None:
-            able = {n for n, p in self.pipelines.items() if stages.issuperset(p.stage_ids)}
+            able = {
+                name
+                for name, pipeline in self.pipelines.items()
+                if stages.issuperset(pipeline.stage_ids)
+                and (pipeline.bundle is None or pipeline.bundle.digest in bundles)
+            }
             view = _restrict(self.table, able | {NONE})
             if len(self.views) < MAX_VIEWS:
-                self.views[stages] = view
+                self.views[stages, bundles] = view
         return view
 
 
@@ -134,6 +148,7 @@ class Selector:
         link: Link,
         chunks: int,
         stages: frozenset[str],
+        bundles: frozenset[str] = frozenset(),
     ) -> Choice:
         """Choose for one transfer; microseconds, no I/O, no lock.
 
@@ -143,6 +158,7 @@ class Selector:
             link: The link as known now.
             chunks: Into how many chunks the transfer is cut.
             stages: What the consumer can decode.
+            bundles: The calibration bundles that it has.
         """
         ready = self._ready
         if ready is None:
@@ -150,7 +166,7 @@ class Selector:
         full = ready.table
         late = self._now_s() - self._heard_s > full.ttl_s
         expired = late and full.on_controller_loss == OnControllerLoss.REVERT
-        table = ready.decodable(stages)
+        table = ready.decodable(stages, bundles)
         selection = select(
             table, workload, native_bytes=native_bytes, link=link, chunks=chunks, expired=expired
         )

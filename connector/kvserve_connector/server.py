@@ -25,6 +25,7 @@ from kvserve_api.telemetry import (
     SPAN_ENCODE,
 )
 from kvserve_connector import tracing
+from kvserve_connector.bundles import BundleBook
 from kvserve_connector.chunks import Chunk, plan
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
@@ -59,6 +60,7 @@ class TransferServer:
         links: What is known of the consumers.
         coders: Threads that read the cache and encode.
         metrics: Where outcomes are counted.
+        bundles: The calibration bundles of this pod.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TransferServer:
         links: LinkBook,
         coders: Executor,
         metrics: Metrics,
+        bundles: BundleBook,
     ) -> None:
         self._config = config
         self._engine = engine
@@ -80,7 +83,7 @@ class TransferServer:
         self._links = links
         self._coders = coders
         self._metrics = metrics
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout)
+        self._coder = ChunkCoder(engine.fingerprint, engine.layout, bundles.find)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
         family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
@@ -206,7 +209,11 @@ class TransferServer:
             link=known,
             chunks=len(chunks),
             stages=pull.stages,
+            bundles=pull.bundles,
         )
+        if choice.pipeline.layer_step > 1:
+            multiple = choice.pipeline.layer_step
+            chunks = plan(layout, pull.tokens, self._config.chunk_layers, layer_multiple=multiple)
         self._metrics.selected(choice.selection)
         promised = native_bytes / choice.ratio
         link.queue(promised)

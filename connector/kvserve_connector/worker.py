@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from kvserve_api.errors import SpecError
 from kvserve_api.table import Role
+from kvserve_connector.bundles import BundleBook, open_artifacts
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
@@ -24,6 +25,7 @@ from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.metrics import Data, Metrics
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
+from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class WorkerHalf:
         self._leases = LeaseBook(config.lease_s)
         self._selector = Selector()
         self._metrics = Metrics(self._selector)
+        self._bundles = BundleBook(open_artifacts(config), engine.fingerprint, engine.layout)
         self._control = ControlClient(
             config,
             Identity(
@@ -65,15 +68,17 @@ class WorkerHalf:
             ),
             self._selector,
             self._metrics.reports_dropped,
+            self._bundles,
             self._warm_up,
         )
         self._coders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kvserve-code")
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout)
+        self._coder = ChunkCoder(engine.fingerprint, engine.layout, self._bundles.find)
         self._server: TransferServer | None = None
         self._client: TransferClient | None = None
         self._lock = threading.Lock()
         self._received: set[str] = set()
         self._failed: set[str] = set()
+        self._warm: tuple[Pipeline, ...] = ()
 
     def open(
         self, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
@@ -99,6 +104,7 @@ class WorkerHalf:
                     LinkBook(),
                     self._coders,
                     self._metrics,
+                    self._bundles,
                 )
             except OSError as error:
                 where = f"{self._config.listen_host}:{self._config.listen_port}"
@@ -109,7 +115,13 @@ class WorkerHalf:
             logger.info("KV transfers are served on port %d", self._server.port)
         if self._is_consumer:
             self._client = TransferClient(
-                self._config, self._engine, cache, known_stages(), self._coders, self._done
+                self._config,
+                self._engine,
+                cache,
+                known_stages(),
+                self._bundles,
+                self._coders,
+                self._done,
             )
         self._control.start()
 
@@ -171,8 +183,12 @@ class WorkerHalf:
                 self._failed.add(request_id)
 
     def _warm_up(self, ready: ReadyTable) -> None:
-        for pipeline in ready.pipelines.values():
-            self._coder.warm_up(pipeline)
+        """Code with each pipeline that the last table did not have: tables that only learned something come often."""
+        pipelines = tuple(ready.pipelines.values())
+        for pipeline in pipelines:
+            if not any(pipeline is warm for warm in self._warm):
+                self._coder.warm_up(pipeline)
+        self._warm = pipelines
 
 
 def _own_version() -> str:

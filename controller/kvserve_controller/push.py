@@ -19,6 +19,8 @@ from kvserve_controller.match import Pod, match
 
 ACK_TIMEOUT_S: Final = 30.0
 """How long a pod may take to answer a table before its stream is closed; it may have to compile kernels first."""
+RETRY_S: Final = 30.0
+"""After how long a table is sent again to a pod that could not get its calibration bundles at that time."""
 MAX_STREAMS: Final = 8192
 MAX_REJECTIONS: Final = 4096
 MAX_DETAIL: Final = 512
@@ -44,11 +46,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
-    """A pod's refusal of a table."""
+    """A pod's refusal of a table.
+
+    Attributes:
+        version: The table's.
+        reason: A word of the catalogue of errors.
+        detail: More about it, for people.
+        retry_s: When to send the same table again; None for never.
+    """
 
     version: Version
     reason: str
     detail: str
+    retry_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +129,11 @@ class Session:
         refused = self.rejection is not None and self.rejection.version == version
         return refused or self.acked == version
 
+    def retry_s(self, version: Version) -> float | None:
+        """Return when to send a version again that the pod refused for now; None if it did not."""
+        rejection = self.rejection
+        return rejection.retry_s if rejection and rejection.version == version else None
+
 
 class Offer:
     """A table in force and the Decode pods that its Prefill pods wait for."""
@@ -128,6 +143,10 @@ class Offer:
         self.fingerprint = fingerprint
         self.waiting = waiting
         self.message = push_from_table(table, "")
+
+    def is_turn_of(self, session: Session) -> bool:
+        """Tell whether a pod may have the table now: Decode pods at once, others when no Decode pod is waited for."""
+        return session.pod.role is Role.DECODE or not self.waiting
 
     def suits(self, pod: Pod) -> bool:
         """Tell whether the pod serves the model that was profiled, as far as both say."""
@@ -249,10 +268,16 @@ class Hub:
             session.rejection = None
         else:
             reason, detail = rejection
+            # what failed for now is sent again; any other refusal would only be repeated
+            passing = reason == UnavailableError.reason
             session.rejection = Rejection(
-                version=sent.version, reason=reason[:64], detail=detail[:MAX_DETAIL]
+                version=sent.version,
+                reason=reason[:64],
+                detail=detail[:MAX_DETAIL],
+                retry_s=sent.at_s + RETRY_S if passing else None,
             )
-            self._remember(session.pod, session.rejection)
+            if not passing:
+                self._remember(session.pod, session.rejection)
         if session.policy is not None:
             self._on_answer(session.policy, Outcome.ACK if rejection is None else Outcome.NACK)
             offer = self._offers.get(session.policy)
@@ -278,8 +303,10 @@ class Hub:
             return self._release(session)
         if offer is None:
             return None
-        its_turn = session.pod.role is Role.DECODE or not offer.waiting
-        if its_turn and session.sent is None and not session.has_answered(offer.table.version):
+        version = offer.table.version
+        retry_s = session.retry_s(version)
+        due = not session.has_answered(version) or (retry_s is not None and now_s >= retry_s)
+        if offer.is_turn_of(session) and session.sent is None and due:
             return self._push(session, offer, now_s)
         if session.held is not None and now_s >= self._heartbeat_s(session, offer):
             session.last_sent_s = now_s
@@ -296,6 +323,9 @@ class Hub:
         offer = self._offers.get(session.policy or "")
         if offer is not None and offer.suits(session.pod) and session.held is not None:
             times_s.append(self._heartbeat_s(session, offer))
+        if offer is not None and session.sent is None and offer.is_turn_of(session):
+            retry_s = session.retry_s(offer.table.version)
+            times_s += [] if retry_s is None else [retry_s]
         return max(0.0, min(times_s) - now_s) if times_s else None
 
     def counts(self, policy: str) -> dict[Role, Counts]:

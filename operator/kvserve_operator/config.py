@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -23,6 +24,53 @@ _OWN_VARIABLES: Final = ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactsConfig:
+    """Where profiling Jobs put calibration bundles.
+
+    Attributes:
+        url: Of the store; empty for none.
+        volume: The volume behind a ``file://`` URL, as a pod has it but for its name; empty if the Job's own
+            extra volumes hold the folder, or for a store that is no folder.
+        secret: Name of a Secret in the policies' namespaces whose keys become variables of the Job; empty for none.
+    """
+
+    url: str = ""
+    volume: Mapping[str, Any] = field(default_factory=dict)
+    secret: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where the volume is mounted; empty without one."""
+        return urlsplit(self.url).path if self.volume else ""
+
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        """Read the section ``artifacts``.
+
+        Raises:
+            SpecError: A key is unknown, of the wrong type, or does not go with the others.
+        """
+        config = cls(
+            url=fields.string("url", "", max_length=2048),
+            volume=fields.mapping("volume", {}),
+            secret=fields.string("secret", "", max_length=253),
+        )
+        parts = urlsplit(config.url)
+        if config.url and not parts.scheme:
+            raise fields.fail(
+                "url", f"must have a scheme like file:// or s3://, got {config.url!r}"
+            )
+        if parts.scheme == "file" and (parts.netloc or len(parts.path.strip("/")) == 0):
+            raise fields.fail("url", f"must be file:///FOLDER, got {config.url!r}")
+        if config.volume and parts.scheme != "file":
+            raise fields.fail("volume", "belongs to a URL file:///FOLDER")
+        if config.secret and not config.url:
+            raise fields.fail("secret", "belongs to a URL")
+        fields.done()
+        return config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerConfig:
     """What the container of a profiling Job is.
 
@@ -35,6 +83,7 @@ class ProfilerConfig:
         extra_env: Variables of the container besides its own.
         resources: Its resource requirements where a policy gives none.
         passed_env: Variables of the operator that the container gets too.
+        artifacts: Where it puts calibration bundles.
     """
 
     image: str
@@ -45,14 +94,16 @@ class ProfilerConfig:
     extra_env: tuple[Mapping[str, Any], ...] = ()
     resources: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_RESOURCES))
     passed_env: Mapping[str, str] = field(default_factory=dict)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
 
     @classmethod
-    def read(cls, fields: Fields, environ: Mapping[str, str]) -> Self:
+    def read(cls, fields: Fields, environ: Mapping[str, str], artifacts: ArtifactsConfig) -> Self:
         """Read the section ``profiler``.
 
         Args:
             fields: The section.
             environ: The operator's own variables.
+            artifacts: The section ``artifacts``.
 
         Raises:
             SpecError: A key is missing, unknown or of the wrong type.
@@ -71,6 +122,7 @@ class ProfilerConfig:
             extra_env=_named(fields, "extraEnv"),
             resources=fields.mapping("resources", {}) or dict(DEFAULT_RESOURCES),
             passed_env={n: v for n, v in environ.items() if _passed_on(n)},
+            artifacts=artifacts,
         )
         if not config.image:
             raise fields.fail("image", "must not be empty")
@@ -110,6 +162,7 @@ def load(path: Path, environ: Mapping[str, str]) -> ProfilerConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(str(path), f"is not YAML: {error}") from error
     fields = Fields(value)
-    config = ProfilerConfig.read(fields.child("profiler"), environ)
+    artifacts = ArtifactsConfig.read(fields.child("artifacts", {}))
+    config = ProfilerConfig.read(fields.child("profiler"), environ, artifacts)
     fields.done()
     return config

@@ -123,7 +123,9 @@ def _run(observed: Observed, config: ProfilerConfig) -> Run:
     if policy is None:
         raise SpecError("policy", "an accepted policy can be read")
     digests = {name: text.digest for name, text in observed.texts.items()}
-    inputs = RunInputs.of_policy(policy, text_digests=digests, image=config.image)
+    inputs = RunInputs.of_policy(
+        policy, text_digests=digests, image=config.image, artifacts=config.artifacts.url
+    )
     return Run(policy=policy, uid=observed.policy.meta.uid, inputs=inputs, config=config)
 
 

@@ -13,6 +13,7 @@ from kvserve_api.names import (
     ANNOTATION_INPUTS,
     ARTIFACT_PARETO,
     ARTIFACT_RUN,
+    ENV_ARTIFACTS,
     LABEL_ARTIFACT,
     LABEL_POLICY,
     LABEL_RUN,
@@ -29,6 +30,8 @@ CONTAINER: Final = "profiler"
 RUN_DIR: Final = "/etc/kvserve/run"
 TEXTS_DIR: Final = "/etc/kvserve/texts"
 MODEL_DIR: Final = "/model"
+ARTIFACTS: Final = "artifacts"
+"""Name of the volume that calibration bundles go to."""
 BACKOFF_LIMIT: Final = 2
 USER: Final = 1000
 
@@ -196,6 +199,7 @@ def _pod_spec(run: Run) -> dict[str, Any]:
             "runAsUser": USER,
             "runAsGroup": USER,
             "seccompProfile": {"type": "RuntimeDefault"},
+            **_group(run),
         },
         "containers": [
             {
@@ -204,6 +208,7 @@ def _pod_spec(run: Run) -> dict[str, Any]:
                 "imagePullPolicy": run.config.image_pull_policy,
                 "command": list(run.config.command),
                 "env": _env(run),
+                **_env_from(run),
                 "resources": dict(run.resources),
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "securityContext": {
@@ -229,6 +234,8 @@ def _env(run: Run) -> list[dict[str, Any]]:
         # the root file system is read-only
         "HOME": "/tmp",
     }
+    if run.config.artifacts.url:
+        values[ENV_ARTIFACTS] = run.config.artifacts.url
     if source:
         values["KVSERVE_MODEL_PATH"] = f"{MODEL_DIR}/{source.path.strip('/')}".rstrip("/")
     values |= run.config.passed_env
@@ -236,6 +243,19 @@ def _env(run: Run) -> list[dict[str, Any]]:
     overridden = {entry["name"] for entry in extra}
     own = [{"name": n, "value": v} for n, v in sorted(values.items()) if n not in overridden]
     return own + extra
+
+
+def _env_from(run: Run) -> dict[str, Any]:
+    """Return the variables that come from the store's Secret."""
+    secret = run.config.artifacts.secret
+    return {"envFrom": [{"secretRef": {"name": secret}}]} if secret else {}
+
+
+def _group(run: Run) -> dict[str, Any]:
+    """Return who a volume belongs to that the Job writes; walking through a large one at each start takes long."""
+    if not run.config.artifacts.volume:
+        return {}
+    return {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"}
 
 
 def _texts(run: Run) -> dict[str, Text]:
@@ -251,6 +271,8 @@ def _mounts(run: Run) -> list[dict[str, Any]]:
         mounts.append({"name": "texts", "mountPath": TEXTS_DIR, "readOnly": True})
     if run.policy.model.source:
         mounts.append({"name": "model", "mountPath": MODEL_DIR, "readOnly": True})
+    if run.config.artifacts.volume:
+        mounts.append({"name": ARTIFACTS, "mountPath": run.config.artifacts.folder})
     return mounts
 
 
@@ -276,4 +298,6 @@ def _volumes(run: Run) -> list[dict[str, Any]]:
     if source:
         claim = {"claimName": source.claim_name, "readOnly": True}
         volumes.append({"name": "model", "persistentVolumeClaim": claim})
+    if run.config.artifacts.volume:
+        volumes.append({"name": ARTIFACTS, **run.config.artifacts.volume})
     return volumes

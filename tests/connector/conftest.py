@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from controller_process import ControllerProcess
-from kvserve_api.wire import model_fingerprint
+from controller_process import ControllerProcess, pareto_of_presets, with_joint
+from kvserve_api.wire import KVLayout, model_fingerprint
+from kvserve_strategies.artifacts import open_store
 from otlp_receiver import Receiver
+from random_bundles import write_sample
 from real_pair import LEASE_S, TIMEOUT_S, RealPair
 from vllm_servers import Plan, make_model, start
 
@@ -25,18 +27,26 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Two vLLM servers with a controller; tests pin the profile they want."""
     folder = tmp_path_factory.mktemp("pair")
     config = json.loads((tiny_model / "config.json").read_text())
-    controller = ControllerProcess(folder / "controller", model_fingerprint(config))
+    fingerprint = model_fingerprint(config)
+    layout = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="float32")
+    bundle = write_sample(folder / "bundle", layout, fingerprint)
+    artifacts = (folder / "artifacts").as_uri()
+    open_store(artifacts).put_bundle(folder / "bundle")
+    controller = ControllerProcess(folder / "controller", fingerprint)
+    controller.set_set(with_joint(pareto_of_presets(fingerprint), bundle))
     controller.set_policy(control={"mode": "Pinned", "pinnedProfile": "none"})
     controller.start()
     extra = {
         "control_endpoint": f"127.0.0.1:{controller.port}",
         "policy": "default/chat",
+        "artifacts": artifacts,
         "timeout_s": TIMEOUT_S,
         "stall_s": 4.0,
         "lease_s": LEASE_S,
         "chunk_layers": 1,
     }
     with Receiver() as receiver, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSERVE_CACHE_DIR", str(folder / "cache"))
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "1000")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from kvserve_api.errors import SpecError
+from kvserve_connector.bundles import open_artifacts
 from kvserve_connector.config import DEFAULT_PORT, ConnectorConfig, read_labels
 
 
@@ -46,6 +47,22 @@ def test_wrong_settings_name_their_field(extra: dict[str, Any], field: str) -> N
     with pytest.raises(SpecError) as caught:
         read(extra)
     assert caught.value.field == f"kv_connector_extra_config.{field}"
+
+
+def test_the_store_is_the_settings_or_the_environments() -> None:
+    """The setting wins over KVSERVE_ARTIFACTS; without either there is none."""
+    assert read({}).artifacts is None
+    assert read({}, KVSERVE_ARTIFACTS="").artifacts is None
+    assert read({}, KVSERVE_ARTIFACTS="file:///a").artifacts == "file:///a"
+    assert read({"artifacts": "s3://b/c"}, KVSERVE_ARTIFACTS="file:///a").artifacts == "s3://b/c"
+
+
+def test_a_store_that_is_none_is_refused() -> None:
+    """A URL that no store has is an error that names the setting."""
+    with pytest.raises(SpecError) as caught:
+        open_artifacts(read({"artifacts": "ftp://a"}))
+    assert caught.value.field == "kv_connector_extra_config.artifacts"
+    assert open_artifacts(read({})) is None
 
 
 def test_labels_as_the_downward_api_writes_them(tmp_path: Path) -> None:

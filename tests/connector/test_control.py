@@ -1,8 +1,11 @@
 """The pod's end of the control channel, against a real gRPC server on loopback."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,14 +15,18 @@ from kv_loopback import ENGINE, LAYOUT
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.messages import push_from_table
-from kvserve_api.table import Role, Version
+from kvserve_api.table import DecisionTable, Role, Version
+from kvserve_connector import control
+from kvserve_connector.bundles import BundleBook
 from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.control import MAX_REPORTS, ControlClient, Identity
 from kvserve_connector.handover import Load
 from kvserve_connector.remote import Remote
-from kvserve_connector.selector import Selector
+from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_strategies.artifacts import Store, open_store
+from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
 
@@ -73,11 +80,17 @@ class Bench:
     server: "grpc.aio.Server"
     port: int
     dropped: list[int]
+    bundles: BundleBook
 
 
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+@asynccontextmanager
+async def running(
+    store: Store | None = None,
+    patience_s: float = 20.0,
+    warm_up: Callable[[ReadyTable], None] = lambda ready: None,
+) -> AsyncIterator[Bench]:
     """Start both; the Hello is still to be heard."""
+    bundles = BundleBook(store, ENGINE.fingerprint, LAYOUT, patience_s=patience_s)
     controller, server = FakeController(), grpc.aio.server()
     control_pb2_grpc.add_ControlServicer_to_server(controller, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
@@ -94,13 +107,27 @@ async def bench() -> AsyncIterator[Bench]:
         Identity(role=Role.DECODE, fingerprint="sha256:f", version="1.2"),
         selector,
         dropped.append,
-        lambda ready: None,
+        bundles,
+        warm_up,
     )
     client.start()
-    yield Bench(controller, selector, client, server, port, dropped)
+    yield Bench(controller, selector, client, server, port, dropped, bundles)
     await asyncio.to_thread(client.close)
     await controller.to_send.put(None)
     await server.stop(None)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep fetched bundles apart from those of other tests."""
+    monkeypatch.setenv("KVSERVE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """A pod that knows no artifact store."""
+    async with running() as made:
+        yield made
 
 
 def outcome(failure: str = "") -> Outcome:
@@ -115,6 +142,13 @@ def outcome(failure: str = "") -> Outcome:
         workload="chat",
     )
     return Outcome(load=load, native_bytes=LAYOUT.native_bytes(5), wire_s=0.5, failure=failure)
+
+
+def calibrated(bundle: str, **changes: Any) -> DecisionTable:
+    """Return a table with a candidate that needs a bundle."""
+    joint = candidate("int4-token", strategy=joint_strategy(), bundle=bundle)
+    candidates = {"none": candidate("none"), "int4-token": joint}
+    return table(*candidates, candidates=candidates, **changes)
 
 
 async def until(holds: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> None:
@@ -147,10 +181,10 @@ async def test_bad_tables_are_refused_and_the_last_good_one_stays(bench: Bench) 
     await bench.controller.push(table(counter=5))
     await bench.controller.heard("ack")
 
-    bundled = {"none": candidate("none"), "lossless": candidate("lossless", bundle="sha256:1")}
-    await bench.controller.push(table(*bundled, candidates=bundled, counter=6), "six")
+    await bench.controller.push(calibrated("sha256:" + "1" * 64, counter=6), "six")
     nack = await bench.controller.heard("nack")
     assert (nack.reason, nack.nonce, nack.version.counter) == ("Unsupported", "six", 6)
+    assert "KVSERVE_ARTIFACTS" in nack.detail
 
     broken = push_from_table(table(counter=7), "seven")
     broken.table.candidates[1].strategy = b"{"
@@ -165,6 +199,103 @@ async def test_bad_tables_are_refused_and_the_last_good_one_stays(bench: Bench) 
     await bench.controller.push(table(counter=5), "again")
     assert (await bench.controller.heard("ack")).nonce == "again"
     assert bench.selector.table == table(counter=5)
+
+
+async def test_bundles_are_there_before_the_word(tmp_path: Path) -> None:
+    """When a table that needs a bundle is acknowledged, blobs that are coded with it can be decoded."""
+    store = open_store((tmp_path / "store").as_uri())
+    bundle = write_sample(tmp_path / "b", LAYOUT, ENGINE.fingerprint)
+    store.put_bundle(tmp_path / "b")
+    async with running(store) as bench:
+        assert bench.bundles.ready == frozenset()
+        await bench.controller.push(calibrated(bundle.digest))
+        await bench.controller.heard("ack")
+        assert bench.bundles.ready == {bundle.digest}
+        found = bench.bundles.find(bundle.digest)
+        assert found is not None
+        assert found.digest == bundle.digest
+        assert bench.selector.table == calibrated(bundle.digest)
+
+
+async def test_a_bundle_that_is_nowhere_refuses_the_table(tmp_path: Path) -> None:
+    """A bundle that the store does not have, or that is of another model, leaves the last good table in force."""
+    store = open_store((tmp_path / "store").as_uri())
+    other = write_sample(tmp_path / "b", LAYOUT, "sha256:" + "9" * 64)
+    store.put_bundle(tmp_path / "b")
+    async with running(store) as bench:
+        await bench.controller.push(table(counter=1))
+        await bench.controller.heard("ack")
+        await bench.controller.push(calibrated("sha256:" + "1" * 64, counter=2))
+        assert (await bench.controller.heard("nack")).reason == "InvalidArtifact"
+        await bench.controller.push(calibrated(other.digest, counter=3))
+        nack = await bench.controller.heard("nack")
+        assert nack.reason == "Unsupported"
+        assert "another model" in nack.detail
+        assert bench.selector.table == table(counter=1)
+        assert bench.bundles.ready == frozenset()
+
+
+async def test_a_store_that_is_away_is_looked_for(tmp_path: Path) -> None:
+    """While the store's volume is not there the table waits, heartbeats count, and then it comes into force."""
+    folder = tmp_path / "store"
+    bundle = write_sample(tmp_path / "b", LAYOUT, ENGINE.fingerprint)
+    open_store((tmp_path / "ready").as_uri()).put_bundle(tmp_path / "b")
+    async with running(open_store(folder.as_uri())) as bench:
+        await bench.controller.push(table(counter=1))
+        await bench.controller.heard("ack")
+        await bench.controller.push(calibrated(bundle.digest, counter=2))
+        await asyncio.sleep(0.3)
+        beat = pb.Heartbeat(version=pb.Version(epoch=1, counter=1))
+        await bench.controller.to_send.put(pb.ControllerMessage(heartbeat=beat))
+        await until(lambda: bench.selector.age_s < 0.2)
+        (tmp_path / "ready").rename(folder)
+        ack = await bench.controller.heard("ack")
+        assert ack.version.counter == 2
+
+
+async def test_a_store_that_stays_away_is_said_so(tmp_path: Path) -> None:
+    """After its patience the pod refuses for now, by the reason that makes the controller send the table again."""
+    store = open_store((tmp_path / "store").as_uri())
+    async with running(store, patience_s=0.6) as bench:
+        await bench.controller.push(calibrated("sha256:" + "1" * 64), "x")
+        nack = await bench.controller.heard("nack")
+        assert (nack.reason, nack.nonce) == ("Unavailable", "x")
+        assert bench.selector.table is None
+
+
+async def test_a_released_pod_takes_no_late_table(tmp_path: Path) -> None:
+    """A table whose bundle arrives after the pod was released does not come into force."""
+    folder = tmp_path / "store"
+    bundle = write_sample(tmp_path / "b", LAYOUT, ENGINE.fingerprint)
+    open_store((tmp_path / "ready").as_uri()).put_bundle(tmp_path / "b")
+    async with running(open_store(folder.as_uri())) as bench:
+        await bench.controller.push(calibrated(bundle.digest))
+        await asyncio.sleep(0.3)
+        message = pb.ControllerMessage(release=pb.Release(reason="policy deleted"))
+        await bench.controller.to_send.put(message)
+        assert (await bench.controller.heard("nack")).reason == "Unavailable"
+        (tmp_path / "ready").rename(folder)
+        await asyncio.sleep(1.0)
+        assert bench.selector.table is None
+
+
+async def test_a_table_that_takes_long_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not ready in time is refused for now and does not come into force behind the controller's back."""
+    monkeypatch.setattr(control, "ANSWER_S", 0.3)
+    ready_now = threading.Event()
+
+    def warm_up(ready: ReadyTable) -> None:
+        ready_now.wait(10)
+
+    async with running(warm_up=warm_up) as bench:
+        await bench.controller.push(table(counter=1), "slow")
+        nack = await bench.controller.heard("nack")
+        assert (nack.reason, nack.nonce) == ("Unavailable", "slow")
+        ready_now.set()
+        await asyncio.sleep(0.3)
+        assert bench.selector.table is None
+        await bench.controller.push(table(counter=1), "again")
+        assert (await bench.controller.heard("ack")).nonce == "again"
 
 
 async def test_heartbeat_renews(bench: Bench) -> None:
@@ -235,6 +366,7 @@ async def test_absent_controller_is_looked_for_and_no_more() -> None:
         Identity(role=Role.PREFILL, fingerprint="", version=""),
         selector,
         lambda count: None,
+        BundleBook(None, "", LAYOUT),
         lambda ready: None,
     )
     client.start()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvserve_api.errors import WireError, WireReason
 from kvserve_api.table import Version
 from kvserve_api.wire import KVLayout
-from kvserve_connector.chunks import Chunk, check_cover, plan
+from kvserve_connector.chunks import MAX_CHUNK_BYTES, Chunk, check_cover, plan
 from kvserve_connector.protocol import (
     HEADER_BYTES,
     Accept,
@@ -49,6 +49,7 @@ ACCEPT = Accept(
 )
 MESSAGES = {
     "pull": PULL,
+    "pull-with-bundles": replace(PULL, bundles=frozenset({"sha256:" + "b" * 64})),
     "accept": ACCEPT,
     "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
     "refuse": Refuse(reason="Expired", detail="too late"),
@@ -102,6 +103,8 @@ def test_noise_is_refused(data: bytes) -> None:
         pytest.param("budget_s", -1, id="negative"),
         pytest.param("stages", ["x" * 65], id="long-stage"),
         pytest.param("stages", [3], id="stage-number"),
+        pytest.param("bundles", ["sha256:1"], id="short-digest"),
+        pytest.param("bundles", ["sha256:" + "b" * 64] * 65, id="too-many-bundles"),
         pytest.param("layout", {"layers": 0, "kv_heads": 1, "head_dim": 1, "dtype": "float32"}, id="layers"),
         pytest.param("request_id", "r" * 513, id="long-id"),
         pytest.param("surprise", 1, id="unknown"),
@@ -114,6 +117,11 @@ def test_wrong_wishes_are_refused(key: str, value: object) -> None:
     with pytest.raises(WireError) as caught:
         Pull.parse(pack_message(Kind.PULL, content)[HEADER_BYTES:])
     assert caught.value.reason == WireReason.MALFORMED
+
+
+def test_a_consumer_without_bundles_speaks_of_none() -> None:
+    """Producers that know no bundles understand consumers that have none."""
+    assert "bundles" not in parse_message(PULL.pack()[HEADER_BYTES:])
 
 
 def test_another_protocol_is_refused() -> None:
@@ -141,16 +149,29 @@ def test_header_length_is_32_bits() -> None:
     start=st.integers(0, 300),
     tokens=st.integers(1, 20_000),
     chunk_layers=st.integers(1, 100),
+    multiple=st.integers(1, 40),
 )
 def test_plans_cover_what_was_asked(
-    layers: int, heads: int, start: int, tokens: int, chunk_layers: int
+    layers: int, heads: int, start: int, tokens: int, chunk_layers: int, multiple: int
 ) -> None:
-    """Our own plans pass the check that foreign ones must pass."""
+    """Our own plans pass the check that foreign ones must pass, and cut no group of layers that belongs together."""
     layout = KVLayout(layers=layers, kv_heads=heads, head_dim=128, dtype="bfloat16")
     wanted = range(start, start + tokens)
-    chunks = plan(layout, wanted, chunk_layers)
+    chunks = plan(layout, wanted, chunk_layers, layer_multiple=multiple)
     check_cover(chunks, layout, wanted)
-    assert max(len(chunk.layers) for chunk in chunks) <= chunk_layers
+    assert max(len(chunk.layers) for chunk in chunks) <= max(chunk_layers, multiple)
+    for chunk in chunks:
+        assert chunk.layers.start % multiple == 0
+        assert chunk.layers.stop % multiple == 0 or chunk.layers.stop == layers
+
+
+def test_many_layers_make_short_chunks() -> None:
+    """Where layers that belong together fill a chunk with few tokens, the cuts fall on the lanes of the coders."""
+    layout = KVLayout(layers=80, kv_heads=32, head_dim=128, dtype="bfloat16")
+    chunks = plan(layout, range(500), 5, layer_multiple=10)
+    # 10 layers of a token take 160 KiB: 51 tokens fit
+    assert {len(chunk.tokens) for chunk in chunks} == {32, 500 % 32}
+    assert all(chunk.native_bytes(layout) <= MAX_CHUNK_BYTES for chunk in chunks)
 
 
 WANTED = range(40)

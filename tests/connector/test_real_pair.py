@@ -90,6 +90,32 @@ def test_lossy_profile_is_used_and_saves_bytes(real_pair: RealPair) -> None:
     assert native / wire > 6
 
 
+def test_calibrated_profile_is_fetched_and_used(real_pair: RealPair) -> None:
+    """Both servers fetch the bundle that a table names, what is sent is smaller, and the text begins the same."""
+    real_pair.use("joint", timeout_s=60)
+    sent, fetched = real_pair.sent("joint"), real_pair.fetched_tokens()
+    marks = ('direction="receive"', 'profile="joint"')
+    before = [
+        real_pair.consumer.count(f"vllm:kvserve_{name}_total", *marks)
+        for name in ("native_bytes", "wire_bytes")
+    ]
+    lengths = (1, 4, 5, 300, 1000)
+    for length in lengths:
+        prompt = make_prompt(length, seed=60 + length)
+        alone = real_pair.consumer.text(prompt).split()
+        handed = hand_over(real_pair.producer, real_pair.consumer, prompt).split()
+        # for the least difference a random model soon goes another way; for another cache it does at once
+        assert handed[0] == alone[0], length
+    assert soon(lambda: real_pair.sent("joint") == sent + len(lengths))
+    assert soon(lambda: real_pair.fetched_tokens() - fetched >= sum(lengths) - len(lengths))
+    native, wire = (
+        real_pair.consumer.count(f"vllm:kvserve_{name}_total", *marks) - count
+        for name, count in zip(("native_bytes", "wire_bytes"), before, strict=True)
+    )
+    assert native == 2 * 4 * sum(lengths) * 2 * 64 * 4
+    assert native / wire > 2
+
+
 def test_active_mode_chooses_by_the_link(real_pair: RealPair) -> None:
     """Without a pin, a fast link and slow codecs lead to raw; the choice is the law's, not the pin's."""
     real_pair.controller.set_policy(quality={"maxLossBasisPoints": 1})

@@ -1,10 +1,13 @@
 """The table in force, and what it chooses."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve_api.errors import StrategyError, UnsupportedError
+from kv_loopback import ENGINE, LAYOUT
+from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link, StageCost, predict, total_s
 from kvserve_api.policy import Mode
 from kvserve_api.selection import Bound
@@ -12,6 +15,7 @@ from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import known_stages, raw_pipeline
 from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, ReadyTable, Selector
+from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
 MB = 1e6
@@ -117,7 +121,7 @@ def test_dropped_table_means_raw() -> None:
 
 
 def test_unbuildable_tables_are_refused_whole() -> None:
-    """A strategy with an unknown stage, or one that needs a bundle, makes the table unusable here."""
+    """A strategy with an unknown stage, or a calibrated one without a bundle, makes the table unusable here."""
     unknown = StrategyConfig(
         parts=tuple(Part(kind=kind, chain=(StageConfig(id="code.magic.v1"),)) for kind in Kind)
     )
@@ -127,9 +131,35 @@ def test_unbuildable_tables_are_refused_whole() -> None:
     }
     with pytest.raises(StrategyError, match=r"code\.magic\.v1"):
         ReadyTable.of(table(*candidates, candidates=candidates))
-    bundled = {"none": candidate("none"), "lossless": candidate("lossless", bundle="sha256:1")}
-    with pytest.raises(UnsupportedError, match="bundle"):
-        ReadyTable.of(table(*bundled, candidates=bundled))
+    joint = candidate("int4-token", strategy=joint_strategy(), bundle=None)
+    candidates = {"none": candidate("none"), "int4-token": joint}
+    with pytest.raises(StrategyError, match="calibration bundle"):
+        ReadyTable.of(table(*candidates, candidates=candidates))
+
+
+def test_consumer_without_the_bundle_gets_what_it_can_decode(tmp_path: Path) -> None:
+    """A calibrated candidate is one only for consumers that said they have its very bundle."""
+    bundle = write_sample(tmp_path / "b", LAYOUT, ENGINE.fingerprint)
+    joint = candidate("int4-token", strategy=joint_strategy(), bundle=bundle.digest)
+    made = table(candidates=table().candidates | {"int4-token": joint})
+    selector = Selector()
+    selector.install(ReadyTable.of(made, {bundle.digest: bundle}))
+
+    def chosen(*bundles: str) -> Choice:
+        return selector.choose(
+            "default",
+            native_bytes=10_000_000,
+            link=SLOW,
+            chunks=6,
+            stages=known_stages(),
+            bundles=frozenset(bundles),
+        )
+
+    assert chosen().selection.profile == "int8-token"
+    assert chosen("sha256:" + "1" * 64).selection.profile == "int8-token"
+    choice = chosen("sha256:" + "1" * 64, bundle.digest)
+    assert choice.selection.profile == "int4-token"
+    assert choice.pipeline.bundle is bundle
 
 
 @given(

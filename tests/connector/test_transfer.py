@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from kvserve_connector.layout import PagedCache
 from kvserve_connector.protocol import Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
+from kvserve_strategies.bundle import Bundle
+from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
 FROM, TO = (3, 9, 5, 20, 11), (1, 2, 4, 8, 16)
@@ -76,6 +79,76 @@ def test_pinned_profile_is_used(name: str) -> None:
                 for cache, ids in ((both.source, FROM), (both.target, TO))
             )
             assert 0 < (ours - theirs).abs().max() < 0.05
+
+
+def calibrated(bundle: Bundle) -> ReadyTable:
+    """Return a table that pins a calibrated profile, ready."""
+    joint = candidate("int4-token", strategy=joint_strategy(), bundle=bundle.digest)
+    candidates = {"none": candidate("none"), "int4-token": joint}
+    made = table(*candidates, candidates=candidates, pinned="int4-token")
+    return ReadyTable.of(made, {bundle.digest: bundle})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A bundle of the loopback's model."""
+    return write_sample(tmp_path / "bundle", LAYOUT, ENGINE.fingerprint)
+
+
+def test_calibrated_profile_crosses(bundle: Bundle) -> None:
+    """With the bundle on both sides whole groups of layers make a chunk, and come back close to what they were."""
+    with pair() as both:
+        both.producer_bundles.keep({bundle.digest: bundle})
+        both.consumer_bundles.keep({bundle.digest: bundle})
+        ready = calibrated(bundle)
+        both.warm_up(ready.pipelines["int4-token"])
+        both.selector.install(ready)
+        both.lease("a", 70, FROM)
+        outcome = both.fetch(both.load("a", range(70), TO))
+        assert outcome.failure == ""
+        assert outcome.accept is not None
+        assert (outcome.accept.profile, outcome.accept.bound) == ("int4-token", "Pinned")
+        # the settings say two layers a chunk, the basis joins three
+        spans = [(c.layers.start, c.layers.stop) for c in outcome.accept.chunks]
+        assert spans == [(0, 3), (3, 6), (6, 7)]
+        assert outcome.wire_bytes < outcome.native_bytes
+        for ours, theirs in zip(
+            both.source.read(LAYERS, range(70), FROM),
+            both.target.read(LAYERS, range(70), TO),
+            strict=True,
+        ):
+            assert torch.equal(ours[:, :4], theirs[:, :4])
+            assert 0 < (ours - theirs).float().abs().max() < 0.1
+
+
+def test_consumer_without_the_bundle_gets_raw(bundle: Bundle) -> None:
+    """A producer sends nothing calibrated to a consumer that did not say it has the bundle, and says why."""
+    with pair() as both:
+        both.producer_bundles.keep({bundle.digest: bundle})
+        both.selector.install(calibrated(bundle))
+        both.lease("a", 40, FROM)
+        outcome = both.fetch(both.load("a", range(40), TO))
+        assert outcome.failure == ""
+        assert outcome.accept is not None
+        assert (outcome.accept.profile, outcome.accept.wanted) == ("none", "int4-token")
+        assert outcome.accept.bound == "PeerCannotDecode"
+        assert same(both, range(40))
+
+
+def test_bundle_on_a_peers_word_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that names a bundle which no table named here fails by its reason; nothing is fetched or written."""
+    with pair() as both:
+        both.producer_bundles.keep({bundle.digest: bundle})
+        both.selector.install(calibrated(bundle))
+        # a producer that does not heed what the consumer has
+        monkeypatch.setattr(
+            "kvserve_connector.selector.ReadyTable.decodable", lambda self, *_: self.table
+        )
+        both.lease("a", 40, FROM)
+        outcome = both.fetch(both.load("a", range(40), TO))
+        assert outcome.failure == "BundleMismatch"
+        assert bundle.digest in outcome.detail
+        assert blank(both.target, TO[0])
 
 
 def test_values_a_strategy_refuses_go_raw() -> None:

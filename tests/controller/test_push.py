@@ -10,7 +10,7 @@ from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.table import DecisionTable, Role, Version
 from kvserve_controller.compile import compile_table
 from kvserve_controller.match import Pod
-from kvserve_controller.push import ACK_TIMEOUT_S, Counts, Ending, Hub, Outcome, Session
+from kvserve_controller.push import ACK_TIMEOUT_S, RETRY_S, Counts, Ending, Hub, Outcome, Session
 from samples import FINGERPRINT, pareto, policy_object
 
 CHAT = Policy.from_object(policy_object())
@@ -153,6 +153,40 @@ def test_refused_version_is_not_sent_again(bench: Bench) -> None:
     )
     bench.hub.offer(KEY, table(2), "")
     assert bench.version(again) == 2
+
+
+def test_what_was_refused_for_now_is_sent_again(bench: Bench) -> None:
+    """A pod that could not fetch its bundles gets the same table again after a while; nobody waits for it meanwhile."""
+    decoder, producer = bench.connect("d", Role.DECODE), bench.connect("p", Role.PREFILL)
+    bench.hub.offer(KEY, table(1), "")
+    assert bench.version(decoder) == 1
+    bench.now_s += 20.0
+    bench.answer(decoder, "Unavailable")
+    assert bench.version(decoder) is None
+    assert bench.hub.wait_s(decoder, bench.now_s) == RETRY_S - 20.0
+    assert bench.version(producer) == 1
+    bench.now_s += RETRY_S - 20.0
+    assert bench.version(decoder) == 1
+    assert bench.hub.counts(KEY)[Role.DECODE].rejected == 1
+    bench.answer(decoder)
+    assert bench.hub.counts(KEY)[Role.DECODE].synced == 1
+
+
+def test_a_newer_table_takes_the_place_of_a_retry(bench: Bench) -> None:
+    """A producer that refused for now is not sent a newer table before its turn, nor woken in vain until then."""
+    decoder, producer = bench.connect("d", Role.DECODE), bench.connect("p", Role.PREFILL)
+    bench.hub.offer(KEY, table(1), "")
+    assert bench.version(decoder) == 1
+    bench.answer(decoder)
+    assert bench.version(producer) == 1
+    bench.answer(producer, "Unavailable")
+    bench.hub.offer(KEY, table(2), "")
+    bench.now_s += RETRY_S
+    assert bench.version(producer) is None
+    assert bench.hub.wait_s(producer, bench.now_s) is None
+    assert bench.version(decoder) == 2
+    bench.answer(decoder)
+    assert bench.version(producer) == 2
 
 
 def test_another_connector_is_tried_again(bench: Bench) -> None:

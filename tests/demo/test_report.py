@@ -40,6 +40,18 @@ PARETO = {
 }
 
 
+TRIALS = [
+    {"profile": name, "ratio": ratio, "loss_bp_upper": upper_bp, "calibrated": calibrated}
+    for name, ratio, upper_bp, calibrated in (
+        ("none", 1.0, 0.0, False),
+        ("int4", 3.5, 99.0, False),
+        ("joint", 9.0, 100.0, True),
+        ("kivi-2", 6.0, 900.0, False),
+        ("joint-coarse", 20.0, 101.0, True),
+    )
+]
+
+
 def test_quantiles_of_a_handful() -> None:
     """The median is the middle, the 95th percentile of five values their maximum."""
     assert quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == {"p50": 3.0, "p95": 5.0}
@@ -67,12 +79,13 @@ def test_the_speedup_compares_the_slowest_link_both_modes_ran_at() -> None:
         _phase("kvserve", 1000, _answer("a", 2.0)),
         _phase("kvserve", 50, _answer("a", 4.0)),
     ]
-    report = build(pareto=PARETO, phases=phases, switches=[])
+    report = build(pareto=PARETO, trials=TRIALS, budget_bp=100, phases=phases, switches=[])
     assert report["speedup_jct"] == 2.0
     assert report["speedup_ttft"] == 2.0
     assert report["pareto"][0] | {"strategy": None} == {
         "profile": "none",
         "strategy": None,
+        "calibrated": False,
         "ratio": 1.0,
         "loss_bp": 0.0,
         "loss_bp_upper": 0.0,
@@ -84,8 +97,15 @@ def test_the_speedup_compares_the_slowest_link_both_modes_ran_at() -> None:
 def test_an_unshaped_link_is_reported_as_such(tmp_path: Path) -> None:
     """On a cluster whose links can't be shaped the bandwidth is null, and the figure can still be drawn."""
     phases = [_phase("raw", None, _answer("a", 2.0)), _phase("kvserve", None, _answer("a", 1.0))]
-    report = build(pareto=PARETO, phases=phases, switches=[])
+    report = build(pareto=PARETO, trials=TRIALS, budget_bp=100, phases=phases, switches=[])
     assert [phase["bandwidth_mbit"] for phase in report["phases"]] == [None, None]
     assert report["speedup_jct"] == 2.0
     figure(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_best_ratios_are_within_the_budget() -> None:
+    """Calibrated or not, a profile above the budget does not count, and one on it does."""
+    phases = [_phase("raw", 50, _answer("a")), _phase("kvserve", 50, _answer("a"))]
+    report = build(pareto=PARETO, trials=TRIALS, budget_bp=100, phases=phases, switches=[])
+    assert (report["best_ratio"], report["best_ratio_uncalibrated"]) == (9.0, 3.5)

@@ -76,7 +76,8 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             prompts=PROMPTS,
         )
         model = chat.convert_model(ROOT)
-        chat.apply(cluster, [chat.volume(model, NAMESPACE)], NAMESPACE)
+        artifacts = tmp_path_factory.mktemp("artifacts")
+        chat.apply(cluster, chat.volumes(model, artifacts, NAMESPACE), NAMESPACE)
         with Path(os.devnull).open("w") as nowhere:
             report = Job(settings, Console(file=nowhere)).run_on(cluster, shaped=True)
         yield Loop(cluster=cluster, report=report, receiver=receiver)
@@ -105,6 +106,17 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     assert started["reason"] == "Started"
     assert switches
     assert all(switch["from"] != switch["to"] for switch in switches)
+
+
+def test_a_calibrated_profile_crosses_the_slow_link(loop: Loop) -> None:
+    """The Job calibrates, both pods fetch the bundle, and the slow link gets it; the text stays mostly the same."""
+    calibrated = {row["profile"] for row in loop.report["pareto"] if row["calibrated"]}
+    assert calibrated
+    slow = loop.report["phases"][3]
+    assert slow["bandwidth_mbit"] == 50
+    assert calibrated & set(slow["profiles"])
+    assert loop.report["best_ratio"] > loop.report["best_ratio_uncalibrated"]
+    assert loop.report["text_agreement"] > 0.5
 
 
 def test_every_profile_in_use_is_within_the_budget(loop: Loop) -> None:

@@ -76,6 +76,7 @@ def test_policy_selects_the_servers(policy: Policy) -> None:
 def test_policy_profiles_what_is_served(policy: Policy) -> None:
     """Policy and servers name the same model on the same volume."""
     (claim,) = load("model-pvc.yaml")
+    (artifacts,) = load("artifacts-pvc.yaml")
     assert policy.model.source is not None
     assert policy.model.source.claim_name == claim["metadata"]["name"]
     for name in ("chat-prefill", "chat-decode"):
@@ -85,10 +86,29 @@ def test_policy_profiles_what_is_served(policy: Policy) -> None:
             for v in spec["volumes"]
             if "persistentVolumeClaim" in v
         ]
-        assert claims == [claim["metadata"]["name"]]
+        assert claims == [claim["metadata"]["name"], artifacts["metadata"]["name"]]
         args = container(name)["args"]
         assert option(args, "served-model-name") == policy.model.name
         assert option(args, "model") == str(Path("/model") / policy.model.source.path)
+
+
+def test_servers_read_where_the_job_writes(control_plane: Cluster) -> None:
+    """With the chart's values that the README sets, Jobs write bundles to the volume that both servers read."""
+    settings = re.findall(r"--set (\S+)", (EXAMPLE / "README.md").read_text())
+    text = control_plane.helm(
+        "template", "kvserve", str(ROOT / "helm" / "kvserve"),
+        "--show-only", "templates/operator-config.yaml", *(w for s in settings for w in ("--set", s)),
+    )  # fmt: skip
+    store = yaml.safe_load(yaml.safe_load(text)["data"]["operator.yaml"])["artifacts"]
+    for name in ("chat-prefill", "chat-decode"):
+        assert transfer_config(name)["kv_connector_extra_config"]["artifacts"] == store["url"]
+        (mount,) = [m for m in container(name)["volumeMounts"] if m["name"] == "artifacts"]
+        assert store["url"] == f"file://{mount['mountPath']}"
+        assert mount["readOnly"] is True
+        spec = deployments()[name]["spec"]["template"]["spec"]
+        (volume,) = [v for v in spec["volumes"] if v["name"] == "artifacts"]
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        assert store["volume"] == {"persistentVolumeClaim": {"claimName": claim}}
 
 
 def test_servers_differ_in_role_only() -> None:
@@ -146,7 +166,7 @@ def test_restricted_namespace_admits_pods(control_plane: Cluster, namespace: str
     """All four pods are created in a namespace that enforces the restricted standard."""
     label = "pod-security.kubernetes.io/enforce=restricted"
     control_plane.kubectl("label", "namespace", namespace, label)
-    for name in ("model-pvc.yaml", "model-download.yaml", "serving.yaml"):
+    for name in ("model-pvc.yaml", "artifacts-pvc.yaml", "model-download.yaml", "serving.yaml"):
         control_plane.kubectl(
             "apply",
             "--server-side",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvserve_operator.config import ProfilerConfig, load
+from kvserve_operator.config import ArtifactsConfig, ProfilerConfig, load
 from testcluster.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,11 @@ FULL: Json = {
         "command": ["python", "-m", "kvserve_profiler", "job"],
         "resources": {"requests": {"cpu": "2"}},
         **EXTRA,
+    },
+    "artifacts": {
+        "url": "file:///artifacts",
+        "volume": {"persistentVolumeClaim": {"claimName": "bundles"}},
+        "secret": "store",
     },
     "otel": {"endpoint": "http://collector.observability:4318"},
     "networkPolicy": {
@@ -195,7 +200,8 @@ def test_operator_config_holds_the_profiler(render: Render, tmp_path: Path) -> N
             "command": ["python", "-m", "kvserve_profiler", "job"],
             "resources": {"requests": {"cpu": "2", "memory": "2Gi"}, "limits": {"memory": "8Gi"}},
             **EXTRA,
-        }
+        },
+        "artifacts": FULL["artifacts"],
     }
     assert yaml.safe_load(config) == expected
     path = tmp_path / "operator.yaml"
@@ -203,6 +209,7 @@ def test_operator_config_holds_the_profiler(render: Render, tmp_path: Path) -> N
     profiler = load(path, {})
     assert profiler.image == "example:5000/kvs/profiler:0.1.0"
     assert profiler.command == ("python", "-m", "kvserve_profiler", "job")
+    assert profiler.artifacts == ArtifactsConfig(**FULL["artifacts"])
     default = pick(render(), "ConfigMap", "kvserve-operator")["data"]["operator.yaml"]
     path.write_text(default)
     assert load(path, {}) == ProfilerConfig(image="kvserve/profiler:0.1.0")

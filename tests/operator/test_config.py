@@ -24,6 +24,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
         "  extraVolumeMounts: [{name: v, mountPath: /v}]\n"
         "  extraEnv: [{name: A, value: b}]\n"
         "  resources: {requests: {cpu: 1}}\n"
+        "artifacts: {url: 'file:///a/b/', volume: {hostPath: {path: /x}}, secret: s}\n"
     )
     environ = {"OTEL_A": "1", "OTEL_SERVICE_NAME": "operator", "HOME": "/"}
     config = load(path, environ)
@@ -35,13 +36,19 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
     assert config.extra_env == ({"name": "A", "value": "b"},)
     assert config.resources == {"requests": {"cpu": 1}}
     assert config.passed_env == {"OTEL_A": "1"}
+    assert config.artifacts.url == "file:///a/b/"
+    assert config.artifacts.volume == {"hostPath": {"path": "/x"}}
+    assert config.artifacts.folder == "/a/b/"
+    assert config.artifacts.secret == "s"
 
 
 def test_an_image_is_enough(tmp_path: Path) -> None:
     """All but the image has a default."""
     path = tmp_path / "operator.yaml"
     path.write_text("profiler: {image: i}")
-    assert load(path, {}).command == DEFAULT_COMMAND
+    config = load(path, {})
+    assert config.command == DEFAULT_COMMAND
+    assert (config.artifacts.url, config.artifacts.folder) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,12 @@ def test_an_image_is_enough(tmp_path: Path) -> None:
         ("profiler: {image: i, extraEnv: [{value: x}]}", "profiler.extraEnv"),
         ("profiler: {image: i, imagePullPolicy: Sometimes}", "profiler.imagePullPolicy"),
         ("profiler: {image: i}\nextra: 1", "extra"),
+        ("profiler: {image: i}\nartifacts: {url: /a}", "artifacts.url"),
+        ("profiler: {image: i}\nartifacts: {url: 'file://a'}", "artifacts.url"),
+        ("profiler: {image: i}\nartifacts: {url: 'file:///'}", "artifacts.url"),
+        ("profiler: {image: i}\nartifacts: {url: 's3://b', volume: {x: {}}}", "artifacts.volume"),
+        ("profiler: {image: i}\nartifacts: {secret: s}", "artifacts.secret"),
+        ("profiler: {image: i}\nartifacts: {ulr: x}", "artifacts.ulr"),
         ("[]", "document"),
         ("a: [", "is not YAML"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 import samples
 from kvserve_api.names import child_name
-from kvserve_operator.config import ProfilerConfig
+from kvserve_operator.config import ArtifactsConfig, ProfilerConfig
 from kvserve_operator.observed import Observed, PodFacts, RunFacts, TextFacts
 from kvserve_operator.plan import Apply, plan
 from operator_samples import (
@@ -268,3 +268,40 @@ def test_the_job_fits_the_policy() -> None:
     assert sorted(v["name"] for v in pod["volumes"]) == sorted(mounts)
     claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if v["name"] == "model"]
     assert claims == [{"claimName": "c", "readOnly": True}]
+
+
+def test_the_job_gets_the_artifact_store() -> None:
+    """URL, volume and Secret of the store are in the Job, which owns what it writes; another store is another run."""
+    claim = {"persistentVolumeClaim": {"claimName": "bundles"}}
+    store = ArtifactsConfig(url="file:///artifacts/kv", volume=claim, secret="keys")
+    config = dataclasses.replace(CONFIG, artifacts=store)
+    manifest = next(
+        a.manifest
+        for a in plan(observed(policy()), config)
+        if isinstance(a, Apply) and a.manifest["kind"] == "Job"
+    )
+    assert manifest["metadata"]["name"] != JOB
+    pod = manifest["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    assert env["KVSERVE_ARTIFACTS"] == "file:///artifacts/kv"
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {"name": "artifacts", "mountPath": "/artifacts/kv"} in container["volumeMounts"]
+    assert {"name": "artifacts", **claim} in pod["volumes"]
+    assert pod["securityContext"]["fsGroup"] == 1000
+
+
+def test_without_a_store_the_job_knows_none() -> None:
+    """Without a URL there is neither variable, nor volume, nor Secret, and the run is the one it always was."""
+    manifest = next(
+        a.manifest
+        for a in plan(observed(policy()), CONFIG)
+        if isinstance(a, Apply) and a.manifest["kind"] == "Job"
+    )
+    assert manifest["metadata"]["name"] == JOB
+    pod = manifest["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert "KVSERVE_ARTIFACTS" not in {e["name"] for e in container["env"]}
+    assert "envFrom" not in container
+    assert "fsGroup" not in pod["securityContext"]
+    assert "artifacts" not in {v["name"] for v in pod["volumes"]}

@@ -61,6 +61,8 @@ def main(out: Path, fast_mbit: int, slow_mbit: int, max_tokens: int, otlp_endpoi
     console.print(
         f"At {slow_mbit} Mbit/s, against raw: completion {result['speedup_jct']}× and first token"
         f" {result['speedup_ttft']}× as fast; text agreement {result['text_agreement']:.0%}.\n"
+        f"Within the quality budget the cache shrinks {result['best_ratio']:.1f}×, without calibration"
+        f" {result['best_ratio_uncalibrated']:.1f}×.\n"
         f"Report: {os.path.relpath(out / 'report.json')}, figure: {os.path.relpath(out / 'demo.png')}"
     )
 

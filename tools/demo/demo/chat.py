@@ -15,6 +15,13 @@ from testcluster.cluster import Cluster
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEPLOYMENTS = ("chat-prefill", "chat-decode", "chat-router")
 EXAMPLE = Path("examples") / "01-chat"
+CHART_VALUES: dict[str, Any] = {
+    "artifacts": {
+        "url": "file:///artifacts",
+        "volume": {"persistentVolumeClaim": {"claimName": "chat-artifacts"}},
+    }
+}
+"""What the example's README sets of the chart."""
 
 
 def convert_model(root: Path) -> Path:
@@ -32,19 +39,35 @@ def convert_model(root: Path) -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def volume(model: Path, namespace: str) -> dict[str, Any]:
-    """Return a PersistentVolume with the model's folder, bound to the example's claim."""
+def volumes(model: Path, artifacts: Path, namespace: str) -> list[dict[str, Any]]:
+    """Return PersistentVolumes with folders of this machine, bound to the example's claims.
+
+    Args:
+        model: The model's folder.
+        artifacts: Where the profiling Job puts calibration bundles; made, and opened to the Job's user.
+        namespace: Where the claims are.
+    """
+    artifacts.mkdir(parents=True, exist_ok=True)
+    # a folder of the host keeps its owner, whatever the pod's fsGroup
+    artifacts.chmod(0o777)
+    return [
+        _volume("chat-model", model, namespace),
+        _volume("chat-artifacts", artifacts, namespace),
+    ]
+
+
+def _volume(claim: str, folder: Path, namespace: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
-        "metadata": {"name": f"chat-model-{namespace}"},
+        "metadata": {"name": f"{claim}-{namespace}"},
         "spec": {
             "capacity": {"storage": "1Gi"},
             "accessModes": ["ReadWriteOnce"],
             "persistentVolumeReclaimPolicy": "Retain",
             "storageClassName": "",
-            "hostPath": {"path": str(model), "type": "Directory"},
-            "claimRef": {"namespace": namespace, "name": "chat-model"},
+            "hostPath": {"path": str(folder), "type": "Directory"},
+            "claimRef": {"namespace": namespace, "name": claim},
         },
     }
 

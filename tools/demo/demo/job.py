@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from demo import chat, prometheus, report
 from demo.forward import forward
 from demo.load import Answer, ask
+from kvserve_api.names import ARTIFACT_RUN, ENV_CALIBRATION_TOKENS, LABEL_ARTIFACT, RUN_TRIALS_KEY
+from kvserve_api.strategy import StrategyConfig
+from kvserve_strategies import config_needs_bundle
 from testcluster import ClusterSpec, hostpods, start
 from testcluster.cluster import Cluster, existing_cluster
 
@@ -37,6 +40,8 @@ class Settings:
         max_tokens: Tokens generated for each request.
         otlp_endpoint: Where all parts send traces and metrics, as the pods reach it; empty for nowhere.
         prompts: How many of the example's prompts to send in each phase.
+        calibration_tokens: Tokens that the profiling Job calibrates with; fewer than it would take by itself, so that
+            the demo takes minutes on two cores.
     """
 
     root: Path
@@ -46,6 +51,7 @@ class Settings:
     max_tokens: int
     otlp_endpoint: str = ""
     prompts: int = 6
+    calibration_tokens: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +93,8 @@ class Job:
         model = self._step("model", lambda: chat.convert_model(self.settings.root))
         spec = ClusterSpec(nodes=1, keep_logs=self.settings.out / "logs")
         with self._step("cluster", lambda: start(spec)) as cluster:
-            chat.apply(cluster, [chat.volume(model, NAMESPACE)], NAMESPACE)
+            artifacts = self.settings.out / "artifacts"
+            chat.apply(cluster, chat.volumes(model, artifacts, NAMESPACE), NAMESPACE)
             return self.run_on(cluster, shaped=True)
 
     def run_on(self, cluster: Cluster, *, shaped: bool) -> dict[str, Any]:
@@ -113,16 +120,27 @@ class Job:
                 for mbit in dict.fromkeys((slow, fast))
             ]
             pareto = self._apply_policy(cluster)
+            trials = self._trials(cluster)
             bandwidths = (fast, slow, fast) if shaped else (None,)
             phases += [self._phase(cluster, router, decode, mbit, "kvserve") for mbit in bandwidths]
             # the status is written every two seconds
             time.sleep(3.0)
             switches = self._switches(cluster)
         self.console.print(cluster.kubectl("get", "kvp", "-n", NAMESPACE), end="", highlight=False)
-        return report.build(pareto=pareto, phases=phases, switches=switches)
+        quality = self._policy(cluster)["spec"]["quality"]
+        return report.build(
+            pareto=pareto,
+            trials=trials,
+            budget_bp=quality["maxLossBasisPoints"],
+            phases=phases,
+            switches=switches,
+        )
 
     def _install(self, cluster: Cluster, on_host: bool) -> None:
-        values = hostpods.chart_values() if on_host else {}
+        values = (hostpods.chart_values() if on_host else {}) | chat.CHART_VALUES
+        tokens = {"name": ENV_CALIBRATION_TOKENS, "value": str(self.settings.calibration_tokens)}
+        profiler = values.setdefault("profiler", {})
+        profiler["extraEnv"] = [*profiler.get("extraEnv", []), tokens]
         if self.settings.otlp_endpoint:
             values["otel"] = {"endpoint": self.settings.otlp_endpoint}
         cluster.helm(
@@ -132,9 +150,8 @@ class Job:
         )  # fmt: skip
 
     def _serve(self, cluster: Cluster, *, on_host: bool) -> None:
-        files = ["model-pvc.yaml", "serving.yaml"] if on_host else [
-            "model-pvc.yaml", "model-download.yaml", "serving.yaml",
-        ]  # fmt: skip
+        volumes = ["model-pvc.yaml", "artifacts-pvc.yaml"]
+        files = [*volumes, *([] if on_host else ["model-download.yaml"]), "serving.yaml"]
         for name in files:
             objects = chat.manifests(self.settings.root, name, on_host=on_host)
             if self.settings.otlp_endpoint:
@@ -156,7 +173,7 @@ class Job:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        deadline_s = time.monotonic() + 300.0
+        deadline_s = time.monotonic() + 600.0
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task("kubectl apply -f policy.yaml", total=None)
             while True:
@@ -173,7 +190,7 @@ class Job:
                 if ready.get("status") == "True" and status.get("synced") == "2/2":
                     break
                 if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"the policy is not Ready after 300 s: {json.dumps(status)}")
+                    raise TimeoutError(f"the policy is not Ready after 600 s: {json.dumps(status)}")
                 time.sleep(0.5)
         self._done("the policy is profiled, and both pods have acknowledged its table")
         name = status["pareto"]["configMapRef"]["name"]
@@ -182,6 +199,14 @@ class Job:
         )
         pareto: dict[str, Any] = json.loads(config_map["data"]["pareto.json"])
         return pareto
+
+    def _trials(self, cluster: Cluster) -> list[dict[str, Any]]:
+        """Return all that was measured, also of profiles that others beat and that are not in the set."""
+        selector = f"{LABEL_ARTIFACT}={ARTIFACT_RUN}"
+        text = cluster.kubectl("get", "configmaps", "-n", NAMESPACE, "-l", selector, "-o", "json")
+        (run,) = json.loads(text)["items"]
+        lines = map(json.loads, run["data"][RUN_TRIALS_KEY].splitlines()[1:])
+        return [_trial(line) for line in lines if "measurement" in line]
 
     def _policy(self, cluster: Cluster) -> dict[str, Any]:
         text = cluster.kubectl("get", "kvp", POLICY, "-n", NAMESPACE, "-o", "json")
@@ -273,6 +298,17 @@ class Job:
         self.console.print(
             f"[green]✓[/] {time.monotonic() - self.start_s:5.0f} s  {what}", highlight=False
         )
+
+
+def _trial(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of the trial log as the report counts it; the example has one evaluation text."""
+    (quality,) = line["measurement"]["qualities"].values()
+    return {
+        "profile": line["name"],
+        "ratio": quality["ratio"],
+        "loss_bp_upper": quality["loss_upper_bp"],
+        "calibrated": config_needs_bundle(StrategyConfig.from_json(line["strategy"])),
+    }
 
 
 def _condition(policy: dict[str, Any], kind: str) -> dict[str, Any]:

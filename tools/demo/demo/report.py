@@ -76,6 +76,8 @@ def agreement(reference: Sequence[Answer], answers: Sequence[Answer]) -> float:
 def build(
     *,
     pareto: Mapping[str, Any],
+    trials: Sequence[Mapping[str, Any]],
+    budget_bp: float,
     phases: Sequence[Phase],
     switches: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -86,6 +88,9 @@ def build(
 
     Args:
         pareto: The parsed Pareto document.
+        trials: Every profile that was measured, with ``ratio``, ``loss_bp_upper`` and ``calibrated``; those that others
+            beat are not in the set.
+        budget_bp: The policy's quality budget, in basis points.
         phases: In the order they ran.
         switches: The changes of profile: ``at_s``, ``from``, ``to``, ``reason``.
     """
@@ -100,7 +105,11 @@ def build(
         before, after = slowest.to_json()[name]["p50"], pair.to_json()[name]["p50"]
         return round(float(before) / float(after), 3)
 
+    within = [trial for trial in trials if trial["loss_bp_upper"] <= budget_bp]
+    plain = [trial for trial in within if not trial["calibrated"]]
     return {
+        "best_ratio": max((trial["ratio"] for trial in within), default=1.0),
+        "best_ratio_uncalibrated": max((trial["ratio"] for trial in plain), default=1.0),
         "pareto": [_row(profile) for profile in pareto["classes"]["default"]],
         "phases": [phase.to_json() for phase in phases],
         "speedup_jct": speedup("jct_s"),
@@ -117,6 +126,7 @@ def _row(profile: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "profile": profile["name"],
         "strategy": profile["strategy"],
+        "calibrated": "bundle" in profile,
         "ratio": profile["ratio"],
         "loss_bp": profile["loss_bp"],
         "loss_bp_upper": profile["loss_upper_bp"],
@@ -128,18 +138,29 @@ def _row(profile: Mapping[str, Any]) -> dict[str, Any]:
 def tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
     """Return the report as two tables for the terminal."""
     pareto = Table(title="Pareto set, measured on this machine")
-    for column in ("profile", "ratio", "loss (bp)", "≤ (bp)", "encode MB/s", "decode MB/s"):
-        pareto.add_column(column, justify="left" if column == "profile" else "right")
+    columns = (
+        "profile",
+        "calibrated",
+        "ratio",
+        "loss (bp)",
+        "≤ (bp)",
+        "encode MB/s",
+        "decode MB/s",
+    )
+    for number, column in enumerate(columns):
+        pareto.add_column(column, justify="left" if number < 2 else "right")
     for row in report["pareto"]:
         pareto.add_row(
             row["profile"],
+            "yes" if row["calibrated"] else "",
             f"{row['ratio']:.2f}×",
             f"{row['loss_bp']:.1f}",
             f"{row['loss_bp_upper']:.1f}",
             *(f"{row[key]:.0f}" if row[key] else "–" for key in ("encode_mb_s", "decode_mb_s")),
         )
     phases = Table(title="Requests through the router")
-    for column in ("link", "mode", "TTFT p50", "JCT p50", "KV MB", "wire MB", "profiles"):
+    headings = ("link", "mode", "TTFT p50", "JCT p50", "KV MB", "wire MB", "ratio", "profiles")
+    for column in headings:
         phases.add_column(column, justify="right" if column != "profiles" else "left")
     for row in report["phases"]:
         phases.add_row(
@@ -149,6 +170,7 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
             f"{row['jct_s']['p50']:.2f} s",
             f"{row['bytes_raw'] / 1e6:.1f}",
             f"{row['bytes_wire'] / 1e6:.1f}",
+            f"{row['bytes_raw'] / max(row['bytes_wire'], 1):.2f}×",
             ", ".join(f"{name} {count}×" for name, count in row["profiles"].items()),
         )
     return pareto, phases
