@@ -252,15 +252,16 @@ class Pipeline:
             sections.append([])
             for bound in piece.bounds:
                 size = next(lengths)
-                if size > bound or at + _padded(size) > data.size:
+                end = at + _padded(size)
+                if size > bound or end > data.size:
                     raise WireError(
                         WireReason.MALFORMED,
                         f"a section of {size} bytes at {at}; most is {bound}, end is {data.size}",
                     )
                 sections[-1].append(data[at : at + size])
-                if data[at + size : at + _padded(size)].any():
+                if size % 8 and data[at + size : end].any():
                     raise WireError(WireReason.MALFORMED, "padding is not zero")
-                at += _padded(size)
+                at = end
         if at != data.size:
             raise WireError(WireReason.MALFORMED, f"{data.size - at} bytes too many")
         return sections

@@ -130,7 +130,11 @@ STAGE_CASES: Final = (
         stages=(Lead(tokens=1), Centre(), Scale(), ConstantStep(relative_step=0.4), Rans(tables=3)),
     ),
 )
-CONFIGS: Final[dict[str, StrategyConfig]] = dict(PRESETS) | {
+PLAIN_PRESETS: Final[dict[str, StrategyConfig]] = {
+    name: config for name, config in PRESETS.items() if not Pipeline.of(config).calibrated
+}
+"""Presets that work without a bundle."""
+CONFIGS: Final[dict[str, StrategyConfig]] = PLAIN_PRESETS | {
     f"stage:{case.name}": case.config for case in STAGE_CASES
 }
 

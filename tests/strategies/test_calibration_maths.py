@@ -8,7 +8,7 @@ import torch
 
 from kvserve_api.errors import SpecError
 from kvserve_api.wire import KVLayout
-from kvserve_strategies.bundle import BasisKey, Block, Rope
+from kvserve_strategies.bundle import BasisKey, Block, Contents, Rope
 from kvserve_strategies.calibration import bases, importance, metrics, recipe, statistics
 from kvserve_strategies.calibration.fisher import Information, gradients, token_costs
 from kvserve_strategies.calibration.models import TransformersModel
@@ -314,13 +314,10 @@ def test_calibration_holds_what_was_asked_for(
     assert len(contents.bases[BasisKey("query", "k", 1, 1)].groups) == model.layers * 2
 
 
-def test_bases_are_in_the_coordinates_of_their_metric(
-    model: TransformersModel, random: torch.Generator
-) -> None:
-    """The deviations of a basis are those of the calibration texts in its space, and their scale is the mean square."""
-    texts = windows(random, 4)
-    key = BasisKey("fisher", "kv", 2, 0)
-    contents = calibrate(model, texts, small())
+def scores_of(
+    model: TransformersModel, texts: list[list[int]], contents: Contents, key: BasisKey
+) -> list[torch.Tensor]:
+    """Return for each group the components of texts ``[tokens, components]``."""
     basis = contents.bases[key]
     ropes = tuple(model.rope_of(layer) for layer in range(model.layers))
     x = torch.cat(
@@ -333,11 +330,52 @@ def test_bases_are_in_the_coordinates_of_their_metric(
     means = torch.stack([torch.from_numpy(contents.means[side]) for side in "kv"])
     root = torch.stack([torch.from_numpy(contents.metrics["fisher"][s].matrix) for s in "kv"])
     y = torch.einsum("slhcd,slthd->slthc", root, x - means[:, :, None])
-    assert basis.scale == pytest.approx(float(y.square().mean().sqrt()), rel=1e-3)
-    for block, group in zip(key.blocks(model.layout), basis.groups, strict=True):
-        rows = torch.from_numpy(group.rows.astype(np.float32))
-        scores = statistics.columns(y, "kv", block) @ rows.T
-        np.testing.assert_allclose(scores.square().mean(dim=0).sqrt(), group.sigma, rtol=0.01)
+    return [
+        statistics.columns(y, "kv", block) @ torch.from_numpy(group.rows.astype(np.float32)).T
+        for block, group in zip(key.blocks(model.layout), basis.groups, strict=True)
+    ]
+
+
+def test_bases_are_in_the_coordinates_of_their_metric(
+    model: TransformersModel, random: torch.Generator
+) -> None:
+    """The deviations of a basis of one layer are those of the texts in its space, their scale is the mean square."""
+    texts = windows(random, 4)
+    key = BasisKey("fisher", "kv", 1, 0)
+    contents = calibrate(model, texts, small(keys=(key,)))
+    scores = scores_of(model, texts, contents, key)
+    channels = sum(group.rows.shape[1] for group in contents.bases[key].groups)
+    energy = torch.cat(scores, dim=1).square().mean(dim=0).sum() / channels
+    assert contents.bases[key].scale == pytest.approx(float(energy.sqrt()), rel=1e-3)
+    for group, found in zip(contents.bases[key].groups, scores, strict=True):
+        np.testing.assert_allclose(found.square().mean(dim=0).sqrt(), group.sigma, rtol=0.01)
+
+
+def test_deviations_are_those_of_other_texts(
+    model: TransformersModel, random: torch.Generator
+) -> None:
+    """With enough windows every sixth is left out of the covariance, and the deviations are measured there."""
+    texts = windows(random, 12)
+    key = BasisKey("fisher", "kv", 2, 0)
+    contents = calibrate(model, texts, small(keys=(key,), kept=28, recent=28))
+    scores = scores_of(model, [texts[5], texts[11]], contents, key)
+    for group, found in zip(contents.bases[key].groups, scores, strict=True):
+        np.testing.assert_allclose(found.square().mean(dim=0).sqrt(), group.sigma, rtol=0.01)
+        assert (np.diff(group.sigma) <= 0).all()
+
+
+def test_what_joins_layers_is_shrunk() -> None:
+    """Within layers a covariance stays as it is; between them it loses half its share of chance."""
+    layout = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32")
+    key = BasisKey("fisher", "kv", 2, 0)
+    (block,) = key.blocks(layout)
+    covariance = torch.arange(64.0).reshape(8, 8)
+    shrunk = bases.shrunk_to_layers(covariance, key, block, tokens=24)
+    # channels: keys of layer 0 and 1, values of layer 0 and 1, two each
+    assert torch.equal(shrunk[:2, :2], covariance[:2, :2])
+    assert torch.equal(shrunk[:2, 4:6], covariance[:2, 4:6])
+    torch.testing.assert_close(shrunk[:2, 2:4], covariance[:2, 2:4] * (1 - 0.5 * 8 / 32))
+    torch.testing.assert_close(shrunk[6:, :2], covariance[6:, :2] * (1 - 0.5 * 8 / 32))
 
 
 def test_calibration_is_repeatable(model: TransformersModel, random: torch.Generator) -> None:

@@ -16,7 +16,13 @@ from kvserve_api.errors import SpecError
 from kvserve_api.wire import KVLayout
 from kvserve_strategies.bundle import Basis, BasisKey, Block, Contents, Group, Metric, Rope
 from kvserve_strategies.bundle.basis import CENTRED
-from kvserve_strategies.calibration.bases import LEAST_SIGMA, components, pruned, scaled
+from kvserve_strategies.calibration.bases import (
+    LEAST_SIGMA,
+    components,
+    pruned,
+    scaled,
+    shrunk_to_layers,
+)
 from kvserve_strategies.calibration.fisher import Information, gradients, token_costs
 from kvserve_strategies.calibration.importance import COMPONENTS, features, fitted
 from kvserve_strategies.calibration.metrics import (
@@ -43,6 +49,8 @@ DEFAULT_KEYS: Final = (
 Report: TypeAlias = Callable[[str, int, int], None]
 _PREFIX_TOKENS: Final = 1024
 _CONTINUATION_TOKENS: Final = 256
+_HELD_OUT: Final = 6
+"""Every so many windows one is left out of the covariances, to see how large components are in other texts."""
 
 
 class NamedModel(CalibrationModel, Protocol):
@@ -135,12 +143,14 @@ class Kept(NamedTuple):
     """Tokens of one window.
 
     Attributes:
+        held_out: Whether the window is in no covariance.
         values: ``[2, layers, tokens, kv_heads, head_dim]`` in the cache's dtype, keys before rotation.
         gradients: For each sample the same shape, bfloat16.
         ages: ``[tokens]`` from the end of the prefix.
         weights: ``[tokens]``, how many tokens each stands for.
     """
 
+    held_out: bool
     values: torch.Tensor
     gradients: tuple[torch.Tensor, ...]
     ages: torch.Tensor
@@ -227,7 +237,9 @@ def _read(
         for layer, query in enumerate(prefill.queries):
             queries[layer] += query_moments(query[settings.sinks :], heads) / len(windows)
         x = pair(prefill.keys, prefill.values, ropes, settings.sinks)
-        moments.add(x)
+        held_out = index % _HELD_OUT == _HELD_OUT - 1
+        if not held_out:
+            moments.add(x)
         chosen, weights = _choose(x.shape[2], settings, generator)
         samples = []
         for sample in gradients(
@@ -241,7 +253,7 @@ def _read(
             information.add(gradient)
             samples.append(gradient[:, :, chosen].bfloat16())
         values = x[:, :, chosen].to(prefill.keys.dtype)
-        kept.append(Kept(values, tuple(samples), x.shape[2] - chosen, weights))
+        kept.append(Kept(held_out, values, tuple(samples), x.shape[2] - chosen, weights))
     report("reading windows", len(windows), len(windows))
     return Statistics(moments=moments, information=information, queries=queries, kept=kept)
 
@@ -289,20 +301,63 @@ def _basis(
         zip(blocks, found.moments.covariances(key), strict=True)
     ):
         report(f"basis {key}", index, len(blocks))
-        if key.space != CENTRED:
-            covariance = scaled(covariance, metric_roots[key.space][0], key.kinds, block)
-        everything.append(components(covariance))
+        covariance = shrunk_to_layers(covariance, key, block, found.moments.tokens)
+        root = None if key.space == CENTRED else metric_roots[key.space][0]
+        if root is not None:
+            covariance = scaled(covariance, root, key.kinds, block)
+        rows, sigma = components(covariance)
+        everything.append(_elsewhere(rows, sigma, block, key, found, root))
     energy = torch.cat([sigma for _, sigma in everything]).double().square().mean()
     scale = float(energy.sqrt())
     groups = tuple(pruned(rows, sigma, LEAST_SIGMA * scale) for rows, sigma in everything)
     weights: tuple[NDArray[np.float32], ...] = ()
-    if key.space == FISHER:
+    # narrow bases are for speed: there a step for each token would cost more time than all else
+    if key.space == FISHER and key.layers > 1:
         weights = tuple(
             _array(_importance(group, block, key, found, metric_roots[FISHER]))
             for group, block in zip(groups, blocks, strict=True)
         )
     report(f"basis {key}", len(blocks), len(blocks))
     return Basis(scale=scale, groups=groups, importance=weights)
+
+
+def _elsewhere(
+    rows: torch.Tensor,
+    sigma: torch.Tensor,
+    block: Block,
+    key: BasisKey,
+    found: Statistics,
+    root: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return components with their deviations in windows that they were not fitted to, again by falling deviation.
+
+    The least eigenvalues of a covariance of few tokens are far below the variances that other texts have in these
+    directions: components would be left out that matter, and the others would get thresholds of the wrong size.
+    """
+    windows = [kept for kept in found.kept if kept.held_out]
+    if not windows:
+        return rows, sigma
+    energy = torch.zeros(len(rows), dtype=torch.float64)
+    for kept in windows:
+        flat = _in_metric(kept, block, key, found, root)
+        energy += kept.weights.double() @ (flat @ rows.T).double().square()
+    tokens = sum(float(kept.weights.sum()) for kept in windows)
+    honest = (energy / tokens).sqrt().float()
+    order = honest.argsort(descending=True, stable=True)
+    return rows[order], honest[order]
+
+
+def _in_metric(
+    kept: Kept, block: Block, key: BasisKey, found: Statistics, root: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the tokens kept of a window as rows ``[tokens, width]`` in the metric's coordinates."""
+    layers, heads = (slice(r.start, r.stop) for r in block)
+    # only the block's own part: a window has as many channels as the whole model
+    x = kept.values[:, layers, :, heads].float() - found.moments.means[:, layers, None, heads]
+    if root is not None:
+        x = torch.einsum("slthd,slhcd->slthc", x, root[:, layers, heads])
+    local = Block(range(len(block.layers)), range(len(block.heads)))
+    return columns(x, key.kinds, local)
 
 
 def _importance(
@@ -313,7 +368,6 @@ def _importance(
     root: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Return the weights of a group's features that tell how much a token matters there."""
-    means = found.moments.means[:, :, None]
     leading = min(COMPONENTS, len(group.sigma))
     rows = torch.from_numpy(group.rows[:leading].astype(np.float32))
     inverse_sigma = 1 / torch.from_numpy(group.sigma[:leading]).clamp(min=1e-30)
@@ -321,12 +375,9 @@ def _importance(
     layers, heads = (slice(r.start, r.stop) for r in block)
     inputs, costs = [], []
     for kept in found.kept:
-        # only the block's own part: a window has as many channels as the whole model
-        x = kept.values[:, layers, :, heads].float() - means[:, layers, :, heads]
-        x = torch.einsum("slthd,slhcd->slthc", x, root[0][:, layers, heads])
-        local = Block(range(len(block.layers)), range(len(block.heads)))
-        scores = torch.zeros(x.shape[2], COMPONENTS)
-        scores[:, :leading] = columns(x, key.kinds, local) @ rows.T * inverse_sigma
+        flat = _in_metric(kept, block, key, found, root[0])
+        scores = torch.zeros(len(flat), COMPONENTS)
+        scores[:, :leading] = flat @ rows.T * inverse_sigma
         inputs.append(features(scores, kept.ages))
         costs.append(
             _mean(
