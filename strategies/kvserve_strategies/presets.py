@@ -52,7 +52,7 @@ def _centred(keys_step: float, values_step: float) -> StrategyConfig:
 
 
 def joint(
-    *, layers: int, heads: int, quantiser: Grid | Importance, sinks: int = 4
+    *, layers: int, heads: int, quantiser: Grid | Importance, sinks: int = 1
 ) -> StrategyConfig:
     """Return keys and values coded together in the coordinates where errors cost equally.
 
@@ -96,12 +96,15 @@ PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
         "centred-rans-fine": _centred(0.3, 0.5),
         "centred-rans": _centred(0.5, 0.8),
         "centred-rans-coarse": _centred(0.8, 1.2),
-        "joint-head-fine": _joint(1, 1, 0.5),
-        "joint-head": _joint(1, 1, 1.0),
-        "joint-layer": _joint(1, 0, 1.0),
-        "joint-3": _joint(3, 0, 1.0),
-        "joint-10": _joint(10, 0, 1.0),
-        "focus-10": _focus(10, 1.0),
+        "joint-head": _joint(1, 1, 0.15),
+        "joint-layer": _joint(1, 0, 0.15),
+        "joint-3-fine": _joint(3, 0, 0.1),
+        "joint-3": _joint(3, 0, 0.15),
+        "joint-3-coarse": _joint(3, 0, 0.3),
+        "joint-10": _joint(10, 0, 0.15),
+        "focus-3-fine": _focus(3, 0.08),
+        "focus-3": _focus(3, 0.15),
+        "focus-3-coarse": _focus(3, 0.4),
         **PEERS,
     }
 )
