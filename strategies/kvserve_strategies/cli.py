@@ -17,7 +17,7 @@ from kvserve_strategies.registry import STAGES
 from kvserve_strategies.stage import Role
 from kvserve_strategies.synthetic import gaussian_cache, modelled_cache
 
-_SHAPE: Final = (4, 512, 2, 64)
+_SHAPE: Final = (8, 256, 2, 64)
 _TOKENS: Final = 512
 _REPEATS: Final = 3
 _UNKNOWN: Final = "–"
