@@ -12,6 +12,10 @@ from kvserve_api.errors import SpecError
 from kvserve_profiler.codec_bench_bundle import bundle_folder, calibrated_folder
 from kvserve_profiler.codec_bench_cli import bench
 from kvserve_strategies.peers import PEERS
+from kvserve_strategies.presets import joint
+from kvserve_strategies.stages import Grid
+
+OTHER_WIDTH = joint(layers=2, heads=0, quantiser=Grid(step=0.5, dead_zone=1.0))
 
 
 def test_a_bundle_is_kept_for_what_it_was_made_of(
@@ -26,7 +30,7 @@ def test_a_bundle_is_kept_for_what_it_was_made_of(
     assert first.name.startswith("model-")
     assert bundle_folder(model, [PEERS["kivi-3"]]) == first
 
-    folders = {first, bundle_folder(model, [PEERS["kvtc"]])}
+    folders = {first, bundle_folder(model, [OTHER_WIDTH])}
     weights = next(model.glob("*.safetensors"))
     os.utime(weights, ns=(1, 1))
     folders.add(bundle_folder(model, []))
