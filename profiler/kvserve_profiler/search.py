@@ -5,12 +5,15 @@ A pure function of the space and the trials so far, so that a resumed run goes o
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from kvserve_api.errors import StrategyError
 from kvserve_api.profile_set import NONE
 from kvserve_api.strategy import StrategyConfig
 from kvserve_strategies import PRESETS, config_needs_bundle
 from kvserve_strategies.peers import PEERS
+
+LOSSLESS: Final = "lossless"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +55,16 @@ def suggest(
 
 
 def preset_space() -> tuple[Candidate, ...]:
-    """Return the presets: ``none``, without which there is no set, ours that are calibrated, our others, the peers'."""
+    """Return the presets, the most useful first.
+
+    That is ``none``, without which there is no set, ``lossless``, which meets every budget, then ours that are
+    calibrated, our others, the peers'.
+    """
     named = [Candidate(name=name, strategy=strategy) for name, strategy in PRESETS.items()]
     # a short budget of trials goes to those that are seldom beaten
-    return tuple(sorted(named, key=lambda c: (c.name != NONE, c.name in PEERS, not c.calibrated)))
+    return tuple(
+        sorted(
+            named,
+            key=lambda c: (c.name != NONE, c.name != LOSSLESS, c.name in PEERS, not c.calibrated),
+        )
+    )

@@ -58,7 +58,7 @@ def test_progress_is_told(shared: Api) -> None:
         shared.write_progress(job, Progress(completed=done, failed=1, total=12, message="busy"))
 
     def told() -> dict[str, Any] | None:
-        profiling = (shared.get("kvp", "progress") or {})["status"].get("profiling", {})
+        profiling = (shared.get("kvp", "progress") or {}).get("status", {}).get("profiling", {})
         return profiling if profiling.get("progress") == "6/12" else None
 
     profiling = eventually(told, "progress", timeout_s=10)

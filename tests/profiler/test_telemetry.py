@@ -31,7 +31,11 @@ def test_a_run_is_one_trace_and_its_trials_are_counted(model_folder: Path, tmp_p
     trials = [span for span in receiver.spans if span.name == "kvserve.profile.trial"]
     assert {span.parent_id for span in trials} == {run.span_id}
     assert {span.trace_id for span in trials} == {run.trace_id}
-    assert [span.attributes["kvserve.profile"] for span in trials] == ["none", "lossless", "fp8"]
+    assert [span.attributes["kvserve.profile"] for span in trials] == [
+        "none",
+        "lossless",
+        "joint-head",
+    ]
     assert {span.attributes["kvserve.outcome"] for span in trials} == {"completed"}
     assert {span.service for span in receiver.spans} == {"kvserve-profiler"}
     (point,) = [point for point in receiver.points if point.name == "kvserve.profile.trials"]
