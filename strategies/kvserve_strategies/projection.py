@@ -126,43 +126,51 @@ class Matrices:
     blocks: tuple[Block, ...]
     ropes: tuple[Rope, ...]
     dim: int
-    _plans: dict[tuple[int | None, float, float], linear.Plan] = field(default_factory=dict)
+    _plans: dict[tuple[str, float, float, float], linear.Plan] = field(default_factory=dict)
 
     def plan(self, quantiser: Grid | Importance) -> linear.Plan:
         """Return the plan of all blocks with a quantiser's step."""
-        key = (None, quantiser.step, quantiser.dead_zone)
-        return self._kept(key, lambda: range(len(self.bases)))
+        step, dead_zone = quantiser.step, quantiser.dead_zone
+        return self._kept(
+            ("all", 0, step, dead_zone),
+            lambda: [self._group(block, step, dead_zone) for block in range(len(self.bases))],
+        )
 
     def block_plan(self, block: int, step: float, dead_zone: float) -> linear.Plan:
         """Return the plan of one block with a step of its own."""
-        return self._kept((block, step, dead_zone), lambda: range(block, block + 1))
+        return self._kept(
+            ("block", block, step, dead_zone), lambda: [self._group(block, step, dead_zone)]
+        )
 
     def leading_plan(self, block: int, count: int, resolution: int) -> linear.Plan:
         """Return a plan of a block's leading components, in parts of their deviations."""
-        base, sigma = self.bases[block], self.sigmas[block][:count]
-        factor = self.factors[block][:count] * (resolution / np.maximum(sigma, _LEAST_DEVIATION))
-        group = base.first(
+        return self._kept(
+            ("leading", block, count, resolution),
+            lambda: [self._leading(block, count, resolution)],
+        )
+
+    def _kept(
+        self, key: tuple[str, float, float, float], groups: Callable[[], list[linear.Group]]
+    ) -> linear.Plan:
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = linear.Plan(groups=tuple(groups()), dim=self.dim)
+            # a peer can name any step: what it makes us build must not be kept without end
+            if len(self._plans) >= _PLANS:
+                self._plans.pop(next(iter(self._plans)), None)
+            self._plans[key] = plan
+        return plan
+
+    def _leading(self, block: int, count: int, resolution: int) -> linear.Group:
+        sigma = np.maximum(self.sigmas[block][:count], _LEAST_DEVIATION)
+        factor = self.factors[block][:count] * (resolution / sigma)
+        return self.bases[block].first(
             len(sigma),
             factor=factor.astype(np.float32),
             offset=np.full(len(sigma), 0.5, np.float32),
             delta=np.zeros(len(sigma), np.float32),
             unit=1.0,
         )
-        return linear.Plan(groups=(group,), dim=self.dim)
-
-    def _kept(
-        self, key: tuple[int | None, float, float], blocks: Callable[[], range]
-    ) -> linear.Plan:
-        plan = self._plans.get(key)
-        if plan is None:
-            _, step, dead_zone = key
-            groups = tuple(self._group(block, step, dead_zone) for block in blocks())
-            plan = linear.Plan(groups=groups, dim=self.dim)
-            # a peer can name any step: what it makes us build must not be kept without end
-            if len(self._plans) >= _PLANS:
-                self._plans.pop(next(iter(self._plans)), None)
-            self._plans[key] = plan
-        return plan
 
     def _group(self, block: int, step: float, dead_zone: float) -> linear.Group:
         live = live_components(self.sigmas[block], step)
