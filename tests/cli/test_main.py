@@ -13,7 +13,14 @@ def test_help_lists_the_commands_of_every_part() -> None:
     commands = {
         line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line
     }
-    assert commands == {"calibrate", "controller", "operator", "profile", "strategies"}
+    assert commands == {
+        "bench",
+        "calibrate",
+        "controller",
+        "operator",
+        "profile",
+        "strategies",
+    }
 
 
 def test_a_missing_extra_is_named() -> None:
