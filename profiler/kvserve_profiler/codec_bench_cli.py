@@ -10,6 +10,7 @@ import click
 
 from kvserve_api.errors import KVServeError, SpecError, StrategyError
 from kvserve_api.strategy import MAX_JSON_BYTES, StrategyConfig
+from kvserve_profiler.tasks.cli import tasks
 
 if TYPE_CHECKING:
     from kvserve_profiler.codec_bench import CodecBench
@@ -27,6 +28,9 @@ for _package in ("torch", "transformers"):
 @click.group()
 def bench() -> None:
     """Measure what KVServe does, on your own model and texts."""
+
+
+bench.add_command(tasks)
 
 
 @bench.command()
@@ -135,7 +139,7 @@ def codec(
             cost_repeats=repeats,
             threads=threads,
         )
-        bundle = _bundle(subjects, model, bundle_folder)
+        bundle = bundle_of(subjects, model, bundle_folder)
         bench = _bench(model, settings, bundle)
         about_s = bench.estimate_s(len(read), len(subjects))
         _say(f"{len(subjects)} strategies on {len(read)} texts: about {_duration(about_s)}")
@@ -214,7 +218,7 @@ def named_texts(texts: "Sequence[tuple[Path, Text]]") -> "dict[str, Text]":
     return {name: text for name, (_, text) in zip(names, texts, strict=True)}
 
 
-def _bundle(subjects: "Sequence[Subject]", model: Path, folder: Path | None) -> "Bundle | None":
+def bundle_of(subjects: "Sequence[Subject]", model: Path, folder: Path | None) -> "Bundle | None":
     """Return the bundle that strategies need, if one does."""
     if not any(subject.calibrated for subject in subjects):
         return None

@@ -184,11 +184,48 @@ class Model:
         Returns:
             ``[len(tokens), vocabulary]`` float32, natural logarithms.
         """
+        cache = self._cache(past)
+        output = self._model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        return torch.log_softmax(output.logits[0].float(), dim=-1)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: Sequence[int], past: KV, *, max_tokens: int, stop: Sequence[str]
+    ) -> str:
+        """Return what the model writes on, always the most likely token.
+
+        Args:
+            prompt: The tokens to write on from; those that ``past`` does not cover are read first.
+            past: The KV cache of the first of them, of at least one less; it is not changed.
+            max_tokens: Most tokens to write.
+            stop: Writing ends with the first of these strings, which is part of the result.
+        """
+        tokens = torch.tensor([prompt])
+
+        # the library's own criterion for strings takes half a second of each call to read the vocabulary
+        def ended(output: torch.Tensor, _scores: Any, **_kwargs: Any) -> bool:
+            written = self._written(output, len(prompt))
+            return any(end in written for end in stop)
+
+        output = self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=self._cache(past),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            stopping_criteria=transformers.StoppingCriteriaList([ended]),
+            pad_token_id=0,
+        )
+        return self._written(output, len(prompt))
+
+    def _written(self, output: torch.Tensor, start: int) -> str:
+        return str(self._tokenizer.decode(output[0, start:], skip_special_tokens=True))
+
+    def _cache(self, past: KV) -> transformers.DynamicCache:
         cache = transformers.DynamicCache()
         for index in range(self.layout.layers):
             cache.update(_engine(past.keys[index]), _engine(past.values[index]), index)
-        output = self._model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
-        return torch.log_softmax(output.logits[0].float(), dim=-1)
+        return cache
 
     def _probe(self) -> KVLayout:
         layers, _, heads, head_dim = self.prefill([0, 0]).keys.shape
