@@ -4,8 +4,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PY := .venv/bin/python
 STAMP := .venv/.synced
-# Slow tests start whole nodes and servers, one after another; the others share the cores.
-FAST_WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Tests share the cores, but for those that start whole nodes and servers.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PARALLEL := -n $(WORKERS) --dist loadfile
 export PYTHONPATH := tools/testcluster:tools/demo
 
 .PHONY: help setup native setup-cluster lint format test test-fast bench-codec demo cluster-up cluster-down lock proto crds clean
@@ -39,11 +40,11 @@ format: $(STAMP) ## Format and fix
 	.venv/bin/ruff check --fix .
 
 test: setup-cluster lint ## Set everything up and run all tests
-	.venv/bin/pytest -n $(FAST_WORKERS) --dist loadfile -m "not slow"
-	.venv/bin/pytest -m slow
+	.venv/bin/pytest $(PARALLEL) -m "not alone"
+	.venv/bin/pytest -m alone
 
 test-fast: setup-cluster ## The tests that run on every change (under three minutes)
-	.venv/bin/pytest -n $(FAST_WORKERS) --dist loadfile -m "not slow"
+	.venv/bin/pytest $(PARALLEL) -m "not slow"
 
 bench-codec: $(STAMP) ## Measure our codecs beside peers' own code and draw the frontier (says how long; QUICK=1: two minutes)
 	$(PY) benchmarks/codec_peers.py

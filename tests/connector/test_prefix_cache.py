@@ -8,7 +8,7 @@ import pytest
 
 from vllm_servers import Plan, Server, hand_over, make_model, make_prompt, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from kvserve_api.telemetry import (
 from real_pair import LEASE_S, TIMEOUT_S, RealPair
 from vllm_servers import Plan, free_port, hand_over, make_prompt, post, prefill, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 LENGTHS = (1, 2, 127, 128, 129, 300, 1000)
 LAST_S = 20.0

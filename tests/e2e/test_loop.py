@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 5
 KINDS = "jobs,configmaps,serviceaccounts,roles,rolebindings,pods"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -232,6 +232,7 @@ def test_prompts_are_distinct_and_long() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_prompts_fit_the_servers() -> None:
     """With the model's own tokenizer each has 700 to 1,400 tokens, which leaves room to answer."""
     from tokenizers import Tokenizer
@@ -248,6 +249,7 @@ def test_prompts_fit_the_servers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_vllm_accepts_its_arguments() -> None:
     """The real vLLM parses the servers' arguments and reads the transfer configurations from them."""
     code = (

@@ -13,7 +13,7 @@ from testcluster.errors import UnavailableHereError
 
 SYSTEM = "kvserve-system"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

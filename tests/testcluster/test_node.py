@@ -20,7 +20,7 @@ import pytest
 from testcluster import Cluster, ClusterError, ClusterSpec, cleanup, hostpods, images, slots, start
 from testcluster.layout import Layout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 Leftovers = Callable[[Layout], list[str]]
 HostState = Callable[[], dict[str, str]]
