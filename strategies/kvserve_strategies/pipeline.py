@@ -193,12 +193,12 @@ class Pipeline:
         return 8 * len(bounds) + sum(_padded(bound) for bound in bounds)
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile all that coding a dtype needs, so that the first transfer does not wait for it."""
+        """Compile and fold all that coding a dtype needs, so that the first transfer does not wait for it."""
         layers, kv_heads, head_dim = 2, 1, 8
         if self.bundle is not None:
             layout = self.bundle.layout
-            layers = min(self.layer_step, layout.layers)
-            kv_heads, head_dim = layout.kv_heads, layout.head_dim
+            # all of them, for the matrices of each block are made when it is first met
+            layers, kv_heads, head_dim = layout.layers, layout.kv_heads, layout.head_dim
         shape = (layers, 33, kv_heads, head_dim)
         ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(dtype)
         payload = self.encode(ramp, ramp.flip(1))

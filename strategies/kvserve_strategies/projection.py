@@ -3,7 +3,7 @@
 This is the arithmetic of ``[unrope] mean [metric] pca grid``, or with importance as the last; `kvserve_kernels.linear`
 defines it. Integers make processors and GPUs write the same bytes: a native value less its mean is scaled to int8 (with
 a shift for each token), multiplied by an int8 matrix, basis times metric, in exact integers, and the sum is rounded to
-a level. The rounding of both int8 factors is an order of magnitude below the quantiser's own. The decoder moves each
+a level. Both int8 factors are rounded so that it hardly shows: see `kvserve_strategies.folding`. The decoder moves each
 level to the mean of the values that led to it and multiplies by the inverse matrix in bfloat16; its result need not be
 equal between devices to the last bit.
 """
@@ -20,18 +20,16 @@ from kvserve_api.errors import StrategyError, ValuesError
 from kvserve_api.strategy import Kind
 from kvserve_kernels import linear
 from kvserve_strategies.bundle import Bundle, Rope
+from kvserve_strategies.folding import LEAST_DEVIATION, fold
 from kvserve_strategies.linear import bundle_of
 from kvserve_strategies.stage import Array, Space, Spec, Stage, Where
 from kvserve_strategies.stages.grid import Grid, live_components, thresholds
 from kvserve_strategies.stages.importance import Importance
 from kvserve_strategies.stages.mean import Mean
-from kvserve_strategies.stages.metric import Metric, root_blocks
+from kvserve_strategies.stages.metric import Metric
 from kvserve_strategies.stages.pca import Block, Pca
 from kvserve_strategies.stages.unrope import Unrope, rope_tables
 
-SPREAD: Final = 5.0
-"""An int8 input reaches this many deviations; rarer tokens are shifted down as a whole."""
-_LEAST_DEVIATION: Final = 2.0**-90
 _PLANS: Final = 512
 _KEPT: Final = 64
 _TABLES: Final = 64
@@ -162,7 +160,7 @@ class Matrices:
         return plan
 
     def _leading(self, block: int, count: int, resolution: int) -> linear.Group:
-        sigma = np.maximum(self.sigmas[block][:count], _LEAST_DEVIATION)
+        sigma = np.maximum(self.sigmas[block][:count], LEAST_DEVIATION)
         factor = self.factors[block][:count] * (resolution / sigma)
         return self.bases[block].first(
             len(sigma),
@@ -222,22 +220,13 @@ def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bo
     *before, pca = stages
     assert isinstance(pca, Pca)
     metric = next((stage.metric for stage in before if isinstance(stage, Metric)), None)
-    basis = pca.basis(bundle, where, metric or Space.CENTRED)
+    key = pca.key(where.kinds, metric or Space.CENTRED)
+    basis = pca.basis(bundle, where, key.space)
     ropes = _ropes(bundle, where) if isinstance(before[0], Unrope) else ()
-    mean, deviation = (
-        np.concatenate([of(kind)[np.ix_(where.layers, where.heads)] for kind in where.kinds])
-        for of in (bundle.mean, bundle.deviation)
-    )
-    roots = root_blocks(bundle, where, metric) if metric else None
     blocks = pca.blocks(bundle, where)
     bases, factors = [], []
     for block in blocks:
-        rows = basis.groups[block.group].rows.astype(np.float32)
-        onward, back = _folded(rows, block, roots)
-        chosen = np.ix_(block.rows, block.heads)
-        inverse_scale = 127 / (SPREAD * np.maximum(deviation[chosen].reshape(-1), _LEAST_DEVIATION))
-        scaled = onward / inverse_scale
-        largest = np.maximum(np.abs(scaled).max(axis=1), np.finfo(np.float32).tiny)
+        folded = fold(bundle, key, block.group)
         rotations = [
             _rotation(row, where, bundle, ropes) for row in block.rows for _ in block.heads
         ]
@@ -245,19 +234,19 @@ def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bo
         if local:
             rows_of, heads_of = tuple(range(len(rows_of))), tuple(range(len(heads_of)))
         slots = [(row, head) for row in rows_of for head in heads_of]
-        factors.append(largest.astype(np.float64) / (127 * basis.scale))
+        factors.append(folded.factor)
         bases.append(
             linear.Group(
                 rows=np.array([row for row, _ in slots], np.int32),
                 heads=np.array([head for _, head in slots], np.int32),
                 rotations=np.array(rotations, np.int32),
-                mean=np.ascontiguousarray(mean[chosen].reshape(-1)),
-                inv_scale=inverse_scale.astype(np.float32),
-                matrix=np.rint(scaled * (127 / largest)[:, None]).astype(np.int8),
-                factor=factors[-1].astype(np.float32),
-                offset=np.full(len(rows), 0.5, np.float32),
-                delta=np.zeros(len(rows), np.float32),
-                inverse=np.ascontiguousarray(back * np.float32(basis.scale)),
+                mean=folded.mean,
+                inv_scale=folded.inv_scale,
+                matrix=folded.matrix,
+                factor=folded.factor.astype(np.float32),
+                offset=np.full(len(folded.factor), 0.5, np.float32),
+                delta=np.zeros(len(folded.factor), np.float32),
+                inverse=folded.inverse,
             )
         )
     return Matrices(
@@ -269,25 +258,6 @@ def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bo
         ropes=ropes,
         dim=bundle.layout.head_dim,
     )
-
-
-def _folded(rows: Real, block: Block, roots: tuple[Real, Real] | None) -> tuple[Real, Real]:
-    """Return basis times metric, and its inverse transposed, each ``[components, width]``."""
-    if roots is None:
-        return rows, rows
-    count = len(rows)
-    root, inverse = roots
-    dim = root.shape[-1]
-    # the metric is one square for each slot: its product is block by block
-    by_slot = rows.reshape(count, -1, dim).transpose(1, 0, 2)
-    chosen = np.ix_(block.rows, block.heads)
-    squares = root[chosen].reshape(-1, dim, dim)
-    inverses = inverse[chosen].reshape(-1, dim, dim).transpose(0, 2, 1)
-    forward, backward = (
-        np.ascontiguousarray((by_slot @ each).transpose(1, 0, 2)).reshape(count, -1)
-        for each in (squares, inverses)
-    )
-    return forward, backward
 
 
 def _ropes(bundle: Bundle, where: Where) -> tuple[Rope, ...]:

@@ -1,8 +1,11 @@
 """Record payloads of every strategy that has none yet: ``PYTHONPATH=tests/support python -m tests.golden.add_golden``.
 
-A recorded payload is never overwritten: pods of different versions exchange blobs, so a changed byte is a new stage id,
-never a new recording. ``<strategy>/<n>/`` holds ``config.json`` (strategy and ranges), ``input.npz`` (bits of keys and
-values, and of what they decode to) and ``blob.bin``; ``bundle/`` is what calibrated strategies were recorded with.
+A recorded payload is never overwritten: pods of different versions exchange blobs, so bytes that mean something else
+are a new stage id, never a new recording. Only where an encoder has learnt to choose better levels is a recording made
+anew; some of those before it stay with ``"read_only": true``, and the decoder must still read them to the same values.
+
+``<strategy>/<n>/`` holds ``config.json`` (strategy and ranges), ``input.npz`` (bits of keys and values, and of what
+they decode to) and ``blob.bin``; ``bundle/`` is what calibrated strategies were recorded with.
 """
 
 import dataclasses
