@@ -5,15 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 import kvserve_strategies.stages
 from kvserve_api.errors import StrategyError, ValuesError, WireError, WireReason
 from kvserve_api.strategy import Kind, Part
 from kvserve_kernels.finite import all_finite
-from kvserve_strategies import tokenclass
+from kvserve_kernels.linear import Cells
+from kvserve_strategies import fused, tokenclass
 from kvserve_strategies.bundle import BasisKey
-from kvserve_strategies.ladder import decode_levels, encode_levels
 from kvserve_strategies.projection import Projection
 from kvserve_strategies.registry import make_stage
 from kvserve_strategies.stage import Array, Bytes, Form, Role, Space, Spec, Stage
@@ -112,6 +111,12 @@ class Chain:
         return None
 
     @property
+    def takes_halves(self) -> bool:
+        """It reads keys and values where they are, and decodes into where they go; see `encode` and `decode_into`."""
+        projected = Projection.find(self.stages)
+        return projected is not None and projected[1].start == 0 and self._ends(projected[1])
+
+    @property
     def layer_step(self) -> int:
         """Pieces must start at layers that are multiples of this."""
         return max((stage.layers for stage in self.stages if isinstance(stage, Pca)), default=1)
@@ -138,19 +143,29 @@ class Chain:
             bounds[-1] = tokenclass.most_body_bytes(specs[-1])
         return bounds
 
-    def encode(self, native: Array, specs: Sequence[Spec]) -> list[tuple[Array, ...]]:
+    def encode(self, native: Cells, specs: Sequence[Spec]) -> list[tuple[Array, ...]]:
         """Return one section for each stage.
 
         Args:
-            native: What the first stage takes.
+            native: What the first stage takes, contiguous; only if `takes_halves` in two, or with any strides but the
+                last.
             specs: What `specs` gives for it.
 
         Raises:
             ValuesError: The chain is lossy and a value is NaN, infinite or too large for it.
         """
+        sections: list[tuple[Array, ...]] = [()] * len(self.stages)
+        if self.takes_halves:
+            # it finds what is not finite on its own
+            folded, _ = self._projection()
+            if isinstance(folded.quantiser, Importance):
+                sections[-2:] = tokenclass.encode(folded, native, specs[0])
+            else:
+                sections[-1] = fused.encode(folded, native, specs[0])
+            return sections
+        assert not isinstance(native, tuple)
         if not self.lossless and not all_finite(native, specs[0].dtype):
             raise ValuesError("a lossy strategy can't carry NaN or infinity")
-        sections: list[tuple[Array, ...]] = [()] * len(self.stages)
         value: Array | None = native
         projected = Projection.find(self.stages)
         index = 0
@@ -161,17 +176,26 @@ class Chain:
                 if isinstance(folded.quantiser, Importance):
                     sections[-2:] = tokenclass.encode(folded, value, specs[index])
                     break
-                levels = folded.encode(value, specs[index])
                 index = run.stop
                 if isinstance(self.stages[index], Ladder):
-                    sections[index] = encode_levels(levels)
+                    sections[index] = fused.encode(folded, value, specs[run.start])
                     break
+                levels = folded.encode(value, specs[run.start])
                 value = np.ascontiguousarray(levels.T).reshape(specs[index].shape)
             encoded = self.stages[index].encode(value, specs[index])
             sections[index] = encoded.section
             value = encoded.value
             index += 1
         return sections
+
+    def decode_into(self, sections: Sequence[Bytes], specs: Sequence[Spec], out: Cells) -> None:
+        """Undo `encode` into values, if `takes_halves`.
+
+        Raises:
+            WireError: A section is not what its stage writes.
+        """
+        folded, run = self._projection()
+        self._decode_projection(folded, run, sections, specs[0], out)
 
     def decode(self, sections: Sequence[Bytes], specs: Sequence[Spec]) -> Array:
         """Undo `encode`.
@@ -185,15 +209,17 @@ class Chain:
         while index >= 0:
             if projected and index == projected[1].stop:
                 folded, run = projected
-                silent = run[:-1] if isinstance(folded.quantiser, Importance) else run
-                if any(sections[at].size for at in silent):
-                    raise WireError(WireReason.MALFORMED, "linear stages write nothing")
-                index = run.start
-                if isinstance(folded.quantiser, Importance):
-                    value = tokenclass.decode(folded, sections[-2], sections[-1], specs[index])
+                taken = specs[run.start]
+                out = np.empty(taken.shape, taken.array_dtype)
+                if self._ends(run):
+                    self._decode_projection(folded, run, sections, taken, out)
                 else:
-                    levels = self._levels(sections[-1], specs[-1])
-                    value = folded.decode(levels, specs[index])
+                    self._require_silent(run, sections)
+                    decoded = self.stages[index].decode(sections[index], None, specs[index])
+                    levels = np.ascontiguousarray(decoded.reshape(specs[index].tokens, -1).T)
+                    folded.decode(levels, taken, out)
+                value = out
+                index = run.start
             else:
                 value = self.stages[index].decode(sections[index], value, specs[index])
             index -= 1
@@ -203,10 +229,26 @@ class Chain:
             require_finite(value, specs[0], self.stages[-1].id)
         return value
 
-    def _levels(self, section: Bytes, spec: Spec) -> NDArray[np.int16]:
-        """Return the levels ``[components, tokens]`` that the coder wrote after a projection."""
-        coder = self.stages[-1]
-        if isinstance(coder, Ladder):
-            return decode_levels(section, spec.columns, spec.tokens)
-        decoded = coder.decode(section, None, spec)
-        return np.ascontiguousarray(decoded.reshape(spec.tokens, -1).T)
+    def _projection(self) -> tuple[Projection, range]:
+        projected = Projection.find(self.stages)
+        assert projected is not None
+        return projected
+
+    def _ends(self, run: range) -> bool:
+        """Return whether the ladder codes what stages of a projection give; nothing else follows importance."""
+        return isinstance(self.stages[run.stop], Ladder)
+
+    def _require_silent(self, run: range, sections: Sequence[Bytes]) -> None:
+        if any(sections[at].size for at in run):
+            raise WireError(WireReason.MALFORMED, "linear stages write nothing")
+
+    def _decode_projection(
+        self, folded: Projection, run: range, sections: Sequence[Bytes], spec: Spec, out: Cells
+    ) -> None:
+        """Decode what a projection and the ladder after it wrote."""
+        if isinstance(folded.quantiser, Importance):
+            self._require_silent(run[:-1], sections)
+            tokenclass.decode(folded, sections[-2], sections[-1], spec, out)
+        else:
+            self._require_silent(run, sections)
+            fused.decode(folded, sections[-1], spec, out)

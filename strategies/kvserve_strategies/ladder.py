@@ -63,7 +63,7 @@ def encode_levels(levels: NDArray[np.int16]) -> tuple[Array, ...]:
         Arrays to be written one after the other.
     """
     live = ladder.live(levels)
-    groups = _groups(int(np.count_nonzero(live)), levels.shape[1])
+    groups = stream_groups(int(np.count_nonzero(live)), levels.shape[1])
     if groups == 0:
         return (np.frombuffer(_HEAD.pack(_RANS, 0, 0, 0, 0), np.uint8),)
     ids, coded = ladder.encode(levels, live, groups)
@@ -111,8 +111,8 @@ def decode_levels(section: Bytes, channels: int, tokens: int) -> NDArray[np.int1
     return levels
 
 
-def _groups(coded: int, tokens: int) -> int:
-    """Return the groups of 32 tokens a stream for so many coded channels."""
+def stream_groups(coded: int, tokens: int) -> int:
+    """Return the groups of 32 tokens a stream for so many coded channels, as it is written; 0 for none."""
     if coded == 0:
         return 0
     groups = -(-tokens // rans.LANES)

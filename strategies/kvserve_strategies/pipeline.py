@@ -19,6 +19,7 @@ from kvserve_api.errors import StrategyError, WireError, WireReason
 from kvserve_api.strategy import Kind, StrategyConfig
 from kvserve_api.wire import Buffer
 from kvserve_kernels.checksum import checksum
+from kvserve_kernels.linear import Cells
 from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.chain import Chain
 from kvserve_strategies.split import Extent, Rectangle, cut
@@ -163,6 +164,11 @@ class Pipeline:
         sections = self._read_payload(own_bytes(buffer), pieces)
         halves: dict[Kind, Array] = {}
         for piece, part in zip(pieces, sections, strict=True):
+            if piece.is_apart:
+                for kind in piece.cells.kinds:
+                    halves.setdefault(kind, np.empty(spec.shape, spec.array_dtype))
+                piece.chain.decode_into(part, piece.specs, piece.views(halves))
+                continue
             decoded = piece.chain.decode(part, piece.specs)
             kinds = piece.cells.kinds
             layers = len(piece.cells.layers)
@@ -285,6 +291,12 @@ class _Piece:
     bounds: tuple[int, ...]
     index: tuple[Any, Any, Any]
 
+    @property
+    def is_apart(self) -> bool:
+        """Keys and values are coded where they are, without a copy in one array."""
+        layers, _, heads = self.index
+        return self.chain.takes_halves and isinstance(layers, slice) and isinstance(heads, slice)
+
     @classmethod
     def of(
         cls, chain: Chain, cells: Rectangle, whole: Spec, at: Place, bundle: Bundle | None
@@ -309,10 +321,17 @@ class _Piece:
         index = (_neighbours(layers), tokens, _neighbours(cells.heads))
         return cls(chain, cells, specs, tuple(chain.section_bounds(specs)), index)
 
-    def take(self, halves: Mapping[Kind, Array]) -> Array:
-        """Return the cells as one contiguous array, keys before values."""
+    def take(self, halves: Mapping[Kind, Array]) -> Cells:
+        """Return the cells as the chain takes them, keys before values."""
+        if self.is_apart:
+            return self.views(halves)
         parts = [self._view(halves[kind]) for kind in self.cells.kinds]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+    def views(self, halves: Mapping[Kind, Array]) -> Cells:
+        """Return the cells where they are, if they are apart."""
+        first, *more = (self._view(halves[kind]) for kind in self.cells.kinds)
+        return (first, *more) if more else first
 
     def put(self, target: Array, part: Array) -> None:
         """Write the cells of one kind."""

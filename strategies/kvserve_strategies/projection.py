@@ -22,7 +22,7 @@ from kvserve_kernels import linear
 from kvserve_strategies.bundle import Bundle, Rope
 from kvserve_strategies.folding import LEAST_DEVIATION, fold
 from kvserve_strategies.linear import bundle_of
-from kvserve_strategies.stage import Array, Space, Spec, Stage, Where
+from kvserve_strategies.stage import Space, Spec, Stage, Where
 from kvserve_strategies.stages.grid import Grid, live_components, thresholds
 from kvserve_strategies.stages.importance import Importance
 from kvserve_strategies.stages.mean import Mean
@@ -65,7 +65,7 @@ class Projection:
         assert isinstance(last, Grid | Importance)
         return last
 
-    def encode(self, native: Array, spec: Spec) -> NDArray[np.int16]:
+    def encode(self, native: linear.Cells, spec: Spec) -> NDArray[np.int16]:
         """Return the levels ``[components, tokens]`` of a piece, by one step.
 
         Raises:
@@ -75,12 +75,10 @@ class Projection:
         matrices = self.matrices(spec)
         return forward(matrices.plan(self.quantiser), matrices, native, positions(spec))
 
-    def decode(self, levels: NDArray[np.int16], spec: Spec) -> Array:
-        """Return the native values of levels by one step."""
+    def decode(self, levels: NDArray[np.int16], spec: Spec, out: linear.Cells) -> None:
+        """Write the native values of levels by one step."""
         matrices = self.matrices(spec)
-        out = np.empty(spec.shape, spec.array_dtype)
         inverse(matrices.plan(self.quantiser), matrices, levels, positions(spec), out)
-        return out
 
     def components(self, spec: Spec) -> int:
         """Return how many components may have levels; without a bundle the most there may be."""
@@ -99,8 +97,7 @@ class Projection:
         """
         bundle, where = bundle_of(self.stages[0], spec)
         anywhere = replace(where, first_token=0, tokens_after=0)
-        local = isinstance(self.quantiser, Importance)
-        return _matrices(self.stages[:-1], bundle, anywhere, local)
+        return _matrices(self.stages[:-1], bundle, anywhere)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,7 @@ class Matrices:
     """The folded matrices of a piece with all stored components, at a step of 1.
 
     Attributes:
-        bases: For each block its group, which refers to rows and heads of the piece, or of the block alone.
+        bases: For each block its group, which refers to rows and heads of the piece.
         factors: For each block its factors in float64.
         sigmas: For each block the deviations of its components, over the basis's scale.
         importance: For each block the weights of its features, if there are any.
@@ -189,17 +186,16 @@ def positions(spec: Spec) -> range:
 
 
 def forward(
-    plan: linear.Plan, matrices: Matrices, native: Array, at: Positions
+    plan: linear.Plan, matrices: Matrices, native: linear.Cells, at: Positions
 ) -> NDArray[np.int16]:
     """Return the levels ``[components, tokens]`` of values ``[rows, tokens, heads, dim]``.
 
     Raises:
-        ValuesError: A value is too large.
+        ValuesError: A value is NaN, infinite or too large.
     """
-    tables = _tables(matrices.ropes, at, undo=True)
-    levels = linear.forward(native, plan, *tables, _interleaved(matrices.ropes))
+    levels = linear.forward(native, plan, *turns(matrices, at, undo=True))
     if levels is None:
-        raise ValuesError("a value is too far from what calibration saw")
+        raise ValuesError("a value is NaN, infinite, or too far from what calibration saw")
     return levels
 
 
@@ -208,15 +204,19 @@ def inverse(
     matrices: Matrices,
     levels: NDArray[np.int16],
     at: Positions,
-    out: Array,
+    out: linear.Cells,
 ) -> None:
     """Write what levels stand for into ``[rows, tokens, heads, dim]``."""
-    tables = _tables(matrices.ropes, at, undo=False)
-    linear.inverse(levels, plan, *tables, _interleaved(matrices.ropes), out)
+    linear.inverse(levels, plan, *turns(matrices, at, undo=False), out)
+
+
+def turns(matrices: Matrices, at: Positions, *, undo: bool) -> tuple[Real, Real, bool]:
+    """Return how keys at these positions turn: cosine and sine ``[rotations, tokens, pairs]``, and how pairs lie."""
+    return *_tables(matrices.ropes, at, undo=undo), _interleaved(matrices.ropes)
 
 
 @lru_cache(maxsize=_KEPT)
-def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bool) -> Matrices:
+def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where) -> Matrices:
     *before, pca = stages
     assert isinstance(pca, Pca)
     metric = next((stage.metric for stage in before if isinstance(stage, Metric)), None)
@@ -230,10 +230,7 @@ def _matrices(stages: tuple[Stage, ...], bundle: Bundle, where: Where, local: bo
         rotations = [
             _rotation(row, where, bundle, ropes) for row in block.rows for _ in block.heads
         ]
-        rows_of, heads_of = block.rows, block.heads
-        if local:
-            rows_of, heads_of = tuple(range(len(rows_of))), tuple(range(len(heads_of)))
-        slots = [(row, head) for row in rows_of for head in heads_of]
+        slots = [(row, head) for row in block.rows for head in block.heads]
         factors.append(folded.factor)
         bases.append(
             linear.Group(

@@ -12,13 +12,16 @@ classes.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvserve_api.errors import StrategyError, WireError, WireReason
-from kvserve_kernels.linear import Plan
+from kvserve_kernels import fused
+from kvserve_kernels.linear import Cells, Plan
 from kvserve_strategies import projection
 from kvserve_strategies.entropy import decode_integers, encode_integers
 from kvserve_strategies.ladder import coded_nbytes, decode_levels, encode_levels
@@ -51,7 +54,7 @@ def most_body_bytes(spec: Spec) -> int:
     return bodies * (coded_nbytes(0) + 16) + 2 * spec.count
 
 
-def encode(folded: Projection, native: Array, spec: Spec) -> Encoded:
+def encode(folded: Projection, native: Cells, spec: Spec) -> Encoded:
     """Code a piece.
 
     Args:
@@ -60,33 +63,29 @@ def encode(folded: Projection, native: Array, spec: Spec) -> Encoded:
         spec: Of the values.
 
     Raises:
-        ValuesError: A value is too large.
+        ValuesError: A value is NaN, infinite or too large.
         StrategyError: There is no calibration for this piece.
     """
     matrices = folded.matrices(spec)
-    start = projection.positions(spec).start
     classes = np.empty((len(matrices.blocks), spec.tokens), np.uint8)
-    bodies: list[tuple[Array, ...]] = []
-    for block, cells in enumerate(matrices.blocks):
-        part = _take(native, cells)
-        classes[block] = _classes(matrices, block, part, spec)
-        order, runs = _sorted(classes[block])
-        part = np.take(part, order, axis=1)
-        for rank, at in runs:
-            plan = _plan(folded, matrices, block, rank)
-            chosen = slice(at.start, at.stop)
-            levels = projection.forward(plan, matrices, part[:, chosen], order[chosen] + start)
-            bodies.append(encode_levels(levels))
-    lengths = [sum(piece.nbytes for piece in body) for body in bodies]
-    pieces: list[Array] = [np.array(lengths, np.uint64)]
-    for body, length in zip(bodies, lengths, strict=True):
-        pieces += [*body, np.zeros(-length % 8, np.uint8)]
-    coded = encode_integers(np.ascontiguousarray(classes.T)[None], max_tables=_TABLES)
-    return Encoded(coded, tuple(pieces))
+    lengths: list[NDArray[np.int64]] = []
+    bodies: list[Array] = []
+    for block in range(len(matrices.blocks)):
+        classes[block] = _classes(matrices, block, native, spec)
+        runs = _runs(folded, matrices, block, classes[block])
+        coded = None
+        if fused.available():
+            turns = projection.turns(matrices, projection.positions(spec), undo=True)
+            coded = fused.encode_runs(native, runs.plans, runs.order, runs.starts, *turns)
+        body, length = coded or _encode_runs(matrices, block, native, runs, spec)
+        bodies.append(body)
+        lengths.append(length)
+    coded_classes = encode_integers(np.ascontiguousarray(classes.T)[None], max_tables=_TABLES)
+    return Encoded(coded_classes, (np.concatenate(lengths).astype(np.uint64), *bodies))
 
 
-def decode(folded: Projection, classes: Bytes, bodies: Bytes, spec: Spec) -> Array:
-    """Undo `encode`.
+def decode(folded: Projection, classes: Bytes, bodies: Bytes, spec: Spec, out: Cells) -> None:
+    """Undo `encode` into ``[rows, tokens, heads, dim]``.
 
     Raises:
         WireError: The sections are not what `encode` writes.
@@ -96,32 +95,96 @@ def decode(folded: Projection, classes: Bytes, bodies: Bytes, spec: Spec) -> Arr
     ranks = decode_integers(classes, shape=shape, dtype=np.dtype(np.uint8))[0].T
     if ranks.max() > MOST - LEAST:
         raise _malformed(f"a class of {ranks.max()}")
-    sorted_blocks = [_sorted(block) for block in ranks]
-    count = sum(len(runs) for _, runs in sorted_blocks)
+    blocks = [_runs(folded, matrices, block, each) for block, each in enumerate(ranks)]
+    count = sum(len(runs.plans) for runs in blocks)
     if bodies.size < 8 * count:
         raise _malformed(f"{bodies.size} bytes can't hold {count} lengths")
-    lengths = iter(bodies[: 8 * count].view(np.uint64).tolist())
-    out = np.empty(spec.shape, spec.array_dtype)
-    start = projection.positions(spec).start
+    announced = iter(bodies[: 8 * count].view(np.uint64).tolist())
+    turns = projection.turns(matrices, projection.positions(spec), undo=False)
     at = 8 * count
-    for block, (order, runs) in enumerate(sorted_blocks):
-        cells = matrices.blocks[block]
-        shape_of_block = (len(cells.rows), spec.tokens, len(cells.heads), spec.head_dim)
-        part = np.empty(shape_of_block, spec.array_dtype)
-        for rank, tokens in runs:
-            length = next(lengths)
+    for block, runs in enumerate(blocks):
+        start, lengths = at, []
+        for _ in runs.plans:
+            length = next(announced)
             end = at + length + -length % 8
             if end > bodies.size or bodies[at + length : end].any():
                 raise _malformed(f"a body of {length} bytes at {at} of {bodies.size}")
-            plan = _plan(folded, matrices, block, rank)
-            levels = decode_levels(bodies[at : at + length], plan.components, len(tokens))
-            chosen = slice(tokens.start, tokens.stop)
-            projection.inverse(plan, matrices, levels, order[chosen] + start, part[:, chosen])
+            lengths.append(length)
             at = end
-        _put(out, cells, np.take(part, np.argsort(order), axis=1))
+        if not fused.available():
+            _decode_runs(matrices, block, bodies[start:at], lengths, runs, spec, out)
+        elif not fused.decode_runs(
+            bodies[start:at], np.array(lengths), runs.plans, runs.order, runs.starts, *turns, out
+        ):
+            raise _malformed("a body is not what an encoder writes")
     if at != bodies.size:
         raise _malformed(f"{bodies.size - at} bytes too many")
-    return out
+
+
+def _encode_runs(
+    matrices: Matrices, block: int, native: Cells, runs: "_Runs", spec: Spec
+) -> tuple[Array, NDArray[np.int64]]:
+    """Do as `fused.encode_runs`."""
+    part = _take(native, matrices.blocks[block], runs.order)
+    start = projection.positions(spec).start
+    pieces: list[Array] = []
+    lengths = []
+    for plan, chosen in zip(runs.plans, runs.spans, strict=True):
+        levels = projection.forward(plan, matrices, part[:, chosen], runs.order[chosen] + start)
+        body = encode_levels(levels)
+        length = sum(piece.nbytes for piece in body)
+        lengths.append(length)
+        pieces += [piece.reshape(-1).view(np.uint8) for piece in body]
+        pieces.append(np.zeros(-length % 8, np.uint8))
+    return np.concatenate(pieces), np.array(lengths)
+
+
+def _decode_runs(
+    matrices: Matrices,
+    block: int,
+    bodies: Bytes,
+    lengths: Sequence[int],
+    runs: "_Runs",
+    spec: Spec,
+    out: Cells,
+) -> None:
+    """Do as `fused.decode_runs`."""
+    part = np.empty(spec.shape, spec.array_dtype)
+    start = projection.positions(spec).start
+    at = 0
+    for plan, chosen, length in zip(runs.plans, runs.spans, lengths, strict=True):
+        tokens = chosen.stop - chosen.start
+        levels = decode_levels(bodies[at : at + length], plan.components, tokens)
+        projection.inverse(plan, matrices, levels, runs.order[chosen] + start, part[:, chosen])
+        at += length + -length % 8
+    _put(out, matrices.blocks[block], runs.order, part)
+
+
+class _Runs(NamedTuple):
+    """The tokens of a block by class, the most important first; tokens of one class are in their order.
+
+    Attributes:
+        order: ``[tokens]`` int64.
+        starts: Where in the order each class starts, and the end.
+        plans: For each class its plan.
+    """
+
+    order: NDArray[np.int64]
+    starts: list[int]
+    plans: list[Plan]
+
+    @property
+    def spans(self) -> list[slice]:
+        """The part of the order of each class."""
+        return [slice(start, stop) for start, stop in pairwise(self.starts)]
+
+
+def _runs(folded: Projection, matrices: Matrices, block: int, ranks: NDArray[np.uint8]) -> _Runs:
+    falling = MOST - LEAST - ranks.astype(np.int64)
+    order = np.argsort(falling, kind="stable")
+    values, firsts = np.unique(falling[order], return_index=True)
+    plans = [_plan(folded, matrices, block, MOST - LEAST - int(value)) for value in values]
+    return _Runs(order, [*firsts.tolist(), len(order)], plans)
 
 
 def _plan(folded: Projection, matrices: Matrices, block: int, rank: int) -> Plan:
@@ -130,39 +193,26 @@ def _plan(folded: Projection, matrices: Matrices, block: int, rank: int) -> Plan
     return matrices.block_plan(block, step, quantiser.dead_zone)
 
 
-def _sorted(ranks: NDArray[np.uint8]) -> tuple[NDArray[np.int64], list[tuple[int, range]]]:
-    """Return the tokens of a block by class, and for each class which of those it has.
-
-    The most important class comes first; tokens of one class are in their order.
-    """
-    order = np.argsort(-ranks.astype(np.int64), kind="stable")
-    values, firsts = np.unique(-ranks[order].astype(np.int64), return_index=True)
-    bounds = [*firsts.tolist(), len(order)]
-    return order, [
-        (-int(value), range(first, stop))
-        for value, first, stop in zip(values, bounds, bounds[1:], strict=False)
-    ]
+def _take(native: Cells, cells: Block, order: NDArray[np.int64]) -> Array:
+    """Return the values of a block with its tokens in an order; where the rows of other blocks are, anything."""
+    halves = native if isinstance(native, tuple) else (native,)
+    rows, *rest = halves[0].shape
+    part = np.empty((rows * len(halves), *rest), halves[0].dtype)
+    for row in cells.rows:
+        np.take(halves[row // rows][row % rows], order, axis=0, out=part[row])
+    return part
 
 
-def _take(native: Array, cells: Block) -> Array:
-    """Return the values of a block, contiguous."""
-    rows = [native[row][:, list(cells.heads)] for row in cells.rows]
-    if len(cells.heads) == native.shape[2]:
-        rows = [native[row] for row in cells.rows]
-    return np.stack(rows)
+def _put(out: Cells, cells: Block, order: NDArray[np.int64], part: Array) -> None:
+    """Write the values of a block back."""
+    halves = out if isinstance(out, tuple) else (out,)
+    rows = halves[0].shape[0]
+    heads = list(cells.heads)
+    for row in cells.rows:
+        halves[row // rows][row % rows][order[:, None], heads] = part[row][:, heads]
 
 
-def _put(out: Array, cells: Block, part: Array) -> None:
-    """Undo `_take`."""
-    whole = len(cells.heads) == out.shape[2]
-    for row, values in zip(cells.rows, part, strict=True):
-        if whole:
-            out[row] = values
-        else:
-            out[row][:, list(cells.heads)] = values
-
-
-def _classes(matrices: Matrices, block: int, native: Array, spec: Spec) -> NDArray[np.uint8]:
+def _classes(matrices: Matrices, block: int, native: Cells, spec: Spec) -> NDArray[np.uint8]:
     """Return the class of each token in a block."""
     if not matrices.importance:
         raise StrategyError(
@@ -179,7 +229,7 @@ def _classes(matrices: Matrices, block: int, native: Array, spec: Spec) -> NDArr
     return ranks
 
 
-def _scores(matrices: Matrices, block: int, native: Array, spec: Spec) -> NDArray[np.int64]:
+def _scores(matrices: Matrices, block: int, native: Cells, spec: Spec) -> NDArray[np.int64]:
     """Return the logarithm of each token's importance, in 1/65536."""
     assert spec.where is not None
     weights = matrices.importance[block].astype(np.float64)

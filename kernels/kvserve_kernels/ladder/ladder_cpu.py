@@ -29,7 +29,7 @@ def choose(values: NDArray[np.int16]) -> NDArray[np.uint8]:
         return _choose_by_numpy(values)
     ids = np.empty(values.shape[0], np.uint8)
     library.kvserve_choose(
-        int(level), values.ctypes.data, *values.shape, _native_prices().ctypes.data, ids.ctypes.data
+        int(level), values.ctypes.data, *values.shape, native_prices().ctypes.data, ids.ctypes.data
     )
     return ids
 
@@ -63,12 +63,12 @@ def encode(
         return ids, encode_values(values, ids, tables(), groups)
     ids = live.copy()
     most_planes = values.shape[0] * int(tables().low_bits.max()) * -(-values.shape[1] // LANES)
-    coded = encode_natively(library, values, ids, tables(), groups, most_planes, _native_prices())
+    coded = encode_natively(library, values, ids, tables(), groups, most_planes, native_prices())
     return ids, coded
 
 
 @cache
-def _native_prices() -> NDArray[np.uint8]:
+def native_prices() -> NDArray[np.uint8]:
     """Return what ``Prices`` in rans.h holds."""
     pairs = -(-len(LEAST) // 2)
     lengths = np.full((pairs, _MAX_TABLES, 2), np.iinfo(np.int16).max, np.int16)

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from kvserve_kernels.linear.plan import Group, Plan
+from kvserve_kernels.linear.plan import Cells, Group, Plan, halves_of
 from kvserve_kernels.native import Simd, coder, simd
 
 _TYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
@@ -51,9 +51,35 @@ class _Group(ctypes.Structure):
 
 class _Piece(ctypes.Structure):
     _fields_ = _structure(
-        "tokens dim row_stride token_stride head_stride type pairs is_interleaved",
-        "values cos sin levels",
+        "tokens dim row_stride token_stride head_stride type pairs is_interleaved rows",
+        "values more cos sin order",
     )
+
+
+class About:
+    """A piece as the C code reads it, with the arrays it points into; the arrays fit each other.
+
+    Attributes:
+        piece: What ``Piece`` in linear.h is.
+    """
+
+    def __init__(
+        self,
+        cells: Cells,
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        interleaved: bool,
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        halves = halves_of(cells)
+        first = halves[0]
+        tables = [np.ascontiguousarray(table) for table in (cos, sin)]
+        self._held = (halves, tables, order)
+        self.piece = _Piece(
+            first.shape[1], first.shape[3], *first.strides[:3], _TYPES[first.dtype], cos.shape[2], interleaved,
+            first.shape[0], *(half.ctypes.data for half in (first, halves[-1])),
+            *(table.ctypes.data for table in tables), None if order is None else order.ctypes.data,
+        )  # fmt: skip
 
 
 class _Packed:
@@ -84,7 +110,7 @@ def level() -> Level:
 
 
 def forward(
-    native: NDArray[Any],
+    native: Cells,
     plan: Plan,
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
@@ -92,11 +118,9 @@ def forward(
     with_level: Level,
 ) -> NDArray[np.int16] | None:
     """Map values to levels, at least with INT8_DOTS; see `linear_cpu.forward`."""
-    levels = np.empty((plan.components, native.shape[1]), np.int16)
-    status = _call(
-        "kvserve_linear_forward", with_level, native, plan, cos, sin, interleaved, levels
-    )
-    return None if status == _REFUSED else levels
+    about = About(native, cos, sin, interleaved)
+    levels = np.empty((plan.components, about.piece.tokens), np.int16)
+    return levels if _call("kvserve_linear_forward", with_level, about, plan, levels) else None
 
 
 def inverse(
@@ -105,46 +129,35 @@ def inverse(
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
     interleaved: bool,
-    out: NDArray[Any],
+    out: Cells,
     with_level: Level,
 ) -> None:
     """Map levels to values, at least with INT8_DOTS; see `linear_cpu.inverse`."""
-    _call("kvserve_linear_inverse", with_level, out, plan, cos, sin, interleaved, levels)
+    about = About(out, cos, sin, interleaved)
+    _call("kvserve_linear_inverse", with_level, about, plan, np.ascontiguousarray(levels))
 
 
-def _call(
-    name: str,
-    with_level: Level,
-    piece: NDArray[Any],
-    plan: Plan,
-    cos: NDArray[np.float32],
-    sin: NDArray[np.float32],
-    interleaved: bool,
-    levels: NDArray[np.int16],
-) -> int:
-    """Call the library; the arrays fit each other, which the caller has checked.
+def packed(plan: Plan) -> Any:
+    """Return the groups of a plan as the C code reads them, an array of ``Group`` in linear.h; kept with the plan."""
+    kept = _packed.get(plan)
+    if kept is None:
+        kept = _packed[plan] = _Packed(plan)
+    return kept.groups
+
+
+def _call(name: str, level: Level, about: About, plan: Plan, levels: NDArray[np.int16]) -> bool:
+    """Call the library; return whether it could do it.
 
     Raises:
         MemoryError: There is none for the scratch arrays, about 1.5 MB.
     """
-    packed = _packed.get(plan)
-    if packed is None:
-        packed = _packed[plan] = _Packed(plan)
-    # held here for as long as C reads them
-    arrays = (piece, *map(np.ascontiguousarray, (cos, sin, levels)))
-    shape = (piece.shape[1], piece.shape[3], *piece.strides[:3])
-    about = _Piece(
-        *shape,
-        _TYPES[piece.dtype],
-        cos.shape[2],
-        interleaved,
-        *(array.ctypes.data for array in arrays),
+    groups = packed(plan)
+    status: int = getattr(coder(), name)(
+        level, ctypes.byref(about.piece), groups, len(groups), levels.ctypes.data
     )
-    count = len(packed.groups)
-    status: int = getattr(coder(), name)(with_level, ctypes.byref(about), packed.groups, count)
     if status not in (_DONE, _REFUSED):
         raise MemoryError
-    return status
+    return status == _DONE
 
 
 def _pack(group: Group, dim: int) -> list[NDArray[Any]]:

@@ -7,7 +7,7 @@ an int8 matrix, decoding maps levels back by a bfloat16 matrix that has the quan
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from kvserve_kernels.bits_ref import narrow
 
 MAX_SHIFT = 31
 MAX_LEVEL = 32_767
+Cells: TypeAlias = NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]
+"""The values of a piece: one array, or its rows of keys and its rows of values apart, alike in all but content."""
 # 127 * 127 * 131,072 < 2**31: sums of products fit int32
 MAX_WIDTH = 131_072
 # below it, what a processor that flushes subnormal numbers loses is far from half a unit
@@ -178,6 +180,24 @@ class Plan:
         names = ("rows", "heads", "rotations")
         rows, heads, rotations = (max(getattr(g, n).max() for g in self.groups) for n in names)
         return int(rows) + 1, int(heads) + 1, int(rotations) + 1
+
+
+def halves_of(cells: Cells) -> tuple[NDArray[Any], ...]:
+    """Return the arrays that hold cells.
+
+    Raises:
+        ValueError: They are not of one shape, dtype and memory layout.
+    """
+    if not isinstance(cells, tuple):
+        return (cells,)
+    first, second = cells
+    # where there is one index only, its stride means nothing
+    steps = zip(first.shape, first.strides, second.strides, strict=True)
+    if (first.shape, first.dtype) != (second.shape, second.dtype) or any(
+        a != b for size, a, b in steps if size > 1
+    ):
+        raise ValueError("keys and values must be alike")
+    return cells
 
 
 def _cumulated(sizes: list[int]) -> NDArray[np.int64]:

@@ -1,9 +1,10 @@
 /* Whole matrices: streams in flight, partial groups, the bounds of what may be read, escapes. */
 #include <stdlib.h>
 
-#include "rans.h"
+#include "coder.h"
 
-enum { PORTABLE, AVX2, AVX512, LEVELS };
+/* Bytes of the channels that all batches of streams code in turn: they stay in the second cache. */
+#define STAY_BYTES (1 << 19)
 
 static const Level *level_of(int level)
 {
@@ -33,18 +34,7 @@ int kvserve_widest(void)
     return PORTABLE;
 }
 
-/* How [channels, tokens] is cut: streams of `size` groups, of which the last may be shorter and end in a part. */
-typedef struct {
-    int64_t tokens;
-    int64_t size;    /* groups a stream */
-    int64_t streams;
-    int64_t batches;
-    int64_t groups;  /* of a channel, the partial one included */
-    int64_t short_groups; /* whole groups of the last stream */
-    int part;        /* tokens of the partial group */
-} Cut;
-
-static Cut cut_of(int64_t tokens, int64_t size)
+Cut kvserve_cut(int64_t tokens, int64_t size)
 {
     Cut c;
     c.tokens = tokens;
@@ -58,8 +48,7 @@ static Cut cut_of(int64_t tokens, int64_t size)
     return c;
 }
 
-/* The lanes of a stream that are used. */
-static int64_t lanes_of(const Cut *c, int64_t stream)
+int64_t kvserve_lanes(const Cut *c, int64_t stream)
 {
     return stream == c->streams - 1 && c->short_groups == 0 ? c->part : LANES;
 }
@@ -78,6 +67,11 @@ static int64_t min(int64_t a, int64_t b)
 static int64_t max(int64_t a, int64_t b)
 {
     return a > b ? a : b;
+}
+
+static int64_t staying(int64_t tokens)
+{
+    return max(1, STAY_BYTES / (tokens * (int64_t)sizeof(int16_t)));
 }
 
 /* The planes of a channel whose symbols are not coded because they are all the same. */
@@ -107,93 +101,117 @@ static void decode_sole(const Table *t, int16_t *row, const Cut *c, const uint32
     }
 }
 
-/* What an encoder fills: everything from its end down, because it goes through the values backwards. */
-typedef struct {
-    uint16_t *words;     /* for each stream `capacity`, at least 32 + the symbols that the longest one codes */
-    int64_t capacity;
-    uint32_t *counts;    /* for each stream its words */
-    uint32_t *states;    /* the used lanes of each stream, from the start on */
-    uint32_t *planes;
-    int64_t plane_words; /* room, and then how many there are */
-    int16_t *escapes;    /* room for all values and one channel more */
-    int64_t escaped;
-} Coded;
-
-/* Code [channels, tokens] in streams of `size` groups. The table of each channel is given by `ids`, or chosen by
- * `prices` and written there; then a 0 says beforehand that a channel is all zero. */
-void kvserve_encode(
-    int level, const int16_t *values, int64_t channels, int64_t tokens, int64_t size, uint8_t *ids,
-    const Prices *prices, const Table *tables, Coded *coded)
+int kvserve_encoder_open(
+    Encoder *e, int level, int64_t tokens, int64_t size, const Prices *prices, const Table *tables, Coded *coded)
 {
-    const Level *with = level_of(level);
-    const Cut c = cut_of(tokens, size);
-    uint32_t *const planes_end = coded->planes + coded->plane_words;
-    int16_t *const escapes_end = coded->escapes + channels * tokens + tokens;
-    int after = 0;
+    e->level = level;
+    e->with = level_of(level);
+    e->tables = tables;
+    e->prices = prices;
+    e->coded = coded;
+    e->cut = kvserve_cut(tokens, size);
+    e->planes_end = coded->planes + coded->plane_words;
+    e->escapes_end = coded->escapes + coded->escaped;
+    e->after = 0;
     coded->plane_words = 0;
     coded->escaped = 0;
-    for (int64_t i = 0; i < channels && !prices; i++)
-        if (level == AVX512 && outside_wraps(&tables[ids[i]]))
+    e->lanes = malloc((size_t)e->cut.streams * (sizeof *e->lanes + sizeof *e->at));
+    if (!e->lanes)
+        return NO_ROOM;
+    e->at = (uint16_t **)(e->lanes + e->cut.streams);
+    for (int64_t v = 0; v < e->cut.streams; v++) {
+        e->at[v] = coded->words + (v + 1) * coded->capacity;
+        for (int lane = 0; lane < LANES; lane++) {
+            e->lanes[v].hi[lane] = 1;
+            e->lanes[v].lo[lane] = 0;
+        }
+    }
+    return CODED;
+}
+
+void kvserve_encode_channels(Encoder *e, const int16_t *values, int64_t channels, uint8_t *ids)
+{
+    const Level *with = e->with;
+    const Cut *const c = &e->cut;
+    Coded *const coded = e->coded;
+    const int64_t before = coded->plane_words;
+    for (int64_t i = 0; i < channels && !e->prices; i++)
+        if (e->level == AVX512 && outside_wraps(&e->tables[ids[i]]))
             with = level_of(PORTABLE);
 
-    for (int64_t batch = 0; batch < c.batches; batch++) {
-        const int64_t first = c.streams * batch / c.batches;
-        const int64_t stop = c.streams * (batch + 1) / c.batches;
+    for (int64_t batch = 0; batch < c->batches; batch++) {
+        const int64_t first = c->streams * batch / c->batches;
+        const int64_t stop = c->streams * (batch + 1) / c->batches;
         const int n = (int)(stop - first);
-        const int is_last = stop == c.streams;
-        const int64_t common = is_last ? c.short_groups : c.size;
-        State lanes[MAX_STREAMS];
-        uint16_t *at[MAX_STREAMS];
-        for (int v = 0; v < n; v++) {
-            at[v] = coded->words + (first + v + 1) * coded->capacity;
-            for (int lane = 0; lane < LANES; lane++) {
-                lanes[v].hi[lane] = 1;
-                lanes[v].lo[lane] = 0;
-            }
-        }
-        int64_t plane_words = 0;
+        const int is_last = stop == c->streams;
+        const int64_t common = is_last ? c->short_groups : c->size;
+        State *const lanes = e->lanes + first;
+        uint16_t **const at = e->at + first;
+        coded->plane_words = before;
         for (int64_t i = channels - 1; i >= 0; i--) {
-            const int16_t *row = values + i * tokens;
-            if (batch == 0 && prices) {
-                after = ids[i] ? with->choose(row, tokens, prices, after) : 0;
-                ids[i] = (uint8_t)after;
+            const int16_t *row = values + i * c->tokens;
+            if (batch == 0 && e->prices) {
+                e->after = ids[i] ? with->choose(row, c->tokens, e->prices, e->after) : 0;
+                ids[i] = (uint8_t)e->after;
             }
-            const Table *t = &tables[ids[i]];
+            const Table *t = &e->tables[ids[i]];
             if (batch == 0 && t->escape >= 0) {
                 /* found forwards, at the start of the room, which is never that full */
-                const int64_t found = with->escapes(row, tokens, t, coded->escapes);
+                const int64_t found = with->escapes(row, c->tokens, t, coded->escapes);
                 coded->escaped += found;
-                memmove(escapes_end - coded->escaped, coded->escapes, (size_t)found * sizeof *escapes_end);
+                memmove(e->escapes_end - coded->escaped, coded->escapes, (size_t)found * sizeof *e->escapes_end);
             }
-            plane_words += c.groups * t->low_bits;
-            uint32_t *p = planes_end - plane_words;
+            coded->plane_words += c->groups * t->low_bits;
+            uint32_t *p = e->planes_end - coded->plane_words;
             if (t->depth == 0) {
                 if (is_last)
-                    encode_sole(t, row, &c, p);
+                    encode_sole(t, row, c, p);
                 continue;
             }
-            Block b = {t, NULL, lanes, c.size * LANES, c.size * t->low_bits};
+            Block b = {t, NULL, lanes, c->size * LANES, c->size * t->low_bits};
             row += first * b.stride;
             p += first * b.plane_stride;
-            if (is_last && c.part > 0) {
+            if (is_last && c->part > 0) {
                 Block end = b;
                 end.states = &lanes[n - 1];
                 with->encode_part(
-                    &end, &at[n - 1], p + (n - 1) * b.plane_stride + c.short_groups * t->low_bits,
-                    row + (n - 1) * b.stride + c.short_groups * LANES, c.part);
+                    &end, &at[n - 1], p + (n - 1) * b.plane_stride + c->short_groups * t->low_bits,
+                    row + (n - 1) * b.stride + c->short_groups * LANES, c->part);
             }
-            if (common < c.size && n > 1)
-                with->encode(n - 1, &b, at, p + common * t->low_bits, row + common * LANES, (int)(c.size - common));
+            if (common < c->size && n > 1)
+                with->encode(n - 1, &b, at, p + common * t->low_bits, row + common * LANES, (int)(c->size - common));
             if (common > 0)
                 with->encode(n, &b, at, p, row, (int)common);
         }
-        coded->plane_words = plane_words;
-        for (int v = 0; v < n; v++) {
-            coded->counts[first + v] = (uint32_t)(coded->words + (first + v + 1) * coded->capacity - at[v]);
-            for (int64_t lane = 0; lane < lanes_of(&c, first + v); lane++)
-                coded->states[(first + v) * LANES + lane] = (uint32_t)lanes[v].hi[lane] << 16 | lanes[v].lo[lane];
-        }
     }
+}
+
+void kvserve_encoder_close(Encoder *e)
+{
+    Coded *const coded = e->coded;
+    for (int64_t v = 0; v < e->cut.streams; v++) {
+        coded->counts[v] = (uint32_t)(coded->words + (v + 1) * coded->capacity - e->at[v]);
+        for (int64_t lane = 0; lane < kvserve_lanes(&e->cut, v); lane++)
+            coded->states[v * LANES + lane] = (uint32_t)e->lanes[v].hi[lane] << 16 | e->lanes[v].lo[lane];
+    }
+    free(e->lanes);
+}
+
+/* Code [channels, tokens] in streams of `size` groups. Returns CODED or NO_ROOM. */
+int kvserve_encode(
+    int level, const int16_t *values, int64_t channels, int64_t tokens, int64_t size, uint8_t *ids,
+    const Prices *prices, const Table *tables, Coded *coded)
+{
+    Encoder e;
+    if (kvserve_encoder_open(&e, level, tokens, size, prices, tables, coded) != CODED)
+        return NO_ROOM;
+    const int64_t step = staying(tokens);
+    for (int64_t stop = channels; stop > 0; stop -= step) {
+        const int64_t start = max(stop - step, 0);
+        kvserve_encode_channels(&e, values + start * tokens, stop - start, ids + start);
+    }
+    kvserve_encoder_close(&e);
+    return CODED;
 }
 
 /* 1 for each channel that is not all zero, else 0. */
@@ -215,13 +233,6 @@ void kvserve_live(const int16_t *values, int64_t channels, int64_t tokens, uint8
     }
 }
 
-/* The words of a stream while they are read: near their end, from a copy with zeros after it. */
-typedef struct {
-    const uint16_t *end;
-    int is_copy;
-    uint16_t copy[2 * BLOCK * LANES];
-} Source;
-
 /* Make sure that so many groups can be read. Returns whether the stream has not run over its end. */
 static int refill(Source *source, const uint16_t **at)
 {
@@ -241,56 +252,74 @@ static int refill(Source *source, const uint16_t **at)
     return 1;
 }
 
-/* Undo kvserve_encode, whatever the words hold. Returns 0, or 1 if a stream does not end as the encoder leaves it, or 2
- * if the number of escapes is wrong. words: the streams' words one after the other. slots: not for AVX-512. */
-int kvserve_decode(
-    int level, int64_t channels, int64_t tokens, int64_t size, const uint8_t *ids, const Table *tables,
-    const uint32_t *slots, const uint16_t *words, const uint32_t *counts, const uint32_t *states,
-    const uint32_t *planes, const int16_t *escapes, int64_t escape_count, int16_t *out)
+int kvserve_decoder_open(
+    Decoder *d, int level, int64_t tokens, int64_t size, const Table *tables, const uint32_t *slots,
+    const uint16_t *words, const uint32_t *counts, const uint32_t *states, const uint32_t *planes,
+    const int16_t *escapes, int64_t escape_count)
 {
-    const Level *with = level_of(level);
-    const Cut c = cut_of(tokens, size);
-    const uint16_t *next = words;
-    int64_t escaped = 0;
-    for (int64_t batch = 0; batch < c.batches; batch++) {
-        const int64_t first = c.streams * batch / c.batches;
-        const int64_t stop = c.streams * (batch + 1) / c.batches;
-        const int n = (int)(stop - first);
-        const int is_last = stop == c.streams;
-        const int64_t common = is_last ? c.short_groups : c.size;
-        State lanes[MAX_STREAMS];
-        Source sources[MAX_STREAMS];
-        const uint16_t *at[MAX_STREAMS];
-        for (int v = 0; v < n; v++) {
-            at[v] = next;
-            next += counts[first + v];
-            sources[v].end = next;
-            sources[v].is_copy = 0;
-            const int64_t used = lanes_of(&c, first + v);
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                uint32_t x = lane < used ? states[(first + v) * LANES + lane] : LOWER;
-                lanes[v].hi[lane] = (uint16_t)(x >> 16);
-                lanes[v].lo[lane] = (uint16_t)x;
-            }
+    d->with = level_of(level);
+    d->tables = tables;
+    d->slots = slots;
+    d->cut = kvserve_cut(tokens, size);
+    d->planes = planes;
+    d->escapes = escapes;
+    d->escape_count = escape_count;
+    d->escaped = 0;
+    const int64_t streams = d->cut.streams;
+    d->sources = malloc((size_t)streams * (sizeof *d->sources + sizeof *d->at + sizeof *d->lanes));
+    if (!d->sources)
+        return NO_ROOM;
+    d->at = (const uint16_t **)(d->sources + streams);
+    d->lanes = (State *)(d->at + streams);
+    for (int64_t v = 0; v < streams; v++) {
+        d->at[v] = words;
+        words += counts[v];
+        d->sources[v].end = words;
+        d->sources[v].is_copy = 0;
+        const int64_t used = kvserve_lanes(&d->cut, v);
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            uint32_t x = lane < used ? *states++ : LOWER;
+            d->lanes[v].hi[lane] = (uint16_t)(x >> 16);
+            d->lanes[v].lo[lane] = (uint16_t)x;
         }
-        const uint32_t *p = planes;
+    }
+    return CODED;
+}
+
+int kvserve_decode_channels(Decoder *d, const uint8_t *ids, int64_t channels, int16_t *out)
+{
+    const Level *const with = d->with;
+    const Cut *const c = &d->cut;
+    const uint32_t *p = d->planes;
+    for (int64_t batch = 0; batch < c->batches; batch++) {
+        const int64_t first = c->streams * batch / c->batches;
+        const int64_t stop = c->streams * (batch + 1) / c->batches;
+        const int n = (int)(stop - first);
+        const int is_last = stop == c->streams;
+        const int64_t common = is_last ? c->short_groups : c->size;
+        State *const lanes = d->lanes + first;
+        Source *const sources = d->sources + first;
+        const uint16_t **const at = d->at + first;
+        p = d->planes;
         for (int64_t i = 0; i < channels; i++) {
-            const Table *t = &tables[ids[i]];
-            int16_t *const row = out + i * tokens;
+            const Table *t = &d->tables[ids[i]];
+            int16_t *const row = out + i * c->tokens;
             const uint32_t *const row_planes = p;
-            p += c.groups * t->low_bits;
+            p += c->groups * t->low_bits;
             if (t->depth == 0) {
                 if (is_last)
-                    decode_sole(t, row, &c, row_planes);
+                    decode_sole(t, row, c, row_planes);
             } else {
-                Block b = {t, slots ? slots + (size_t)ids[i] * TOTAL : NULL, lanes, c.size * LANES, c.size * t->low_bits};
+                Block b = {
+                    t, d->slots ? d->slots + (size_t)ids[i] * TOTAL : NULL, lanes, c->size * LANES,
+                    c->size * t->low_bits};
                 int16_t *o = row + first * b.stride;
                 const uint32_t *q = row_planes + first * b.plane_stride;
-                for (int64_t g = 0; g < c.size; g += BLOCK) {
-                    const int64_t end = min(g + BLOCK, c.size);
+                for (int64_t g = 0; g < c->size; g += BLOCK) {
+                    const int64_t end = min(g + BLOCK, c->size);
                     for (int v = 0; v < n; v++)
                         if (!refill(&sources[v], &at[v]))
-                            return 1;
+                            return BAD_STREAM;
                     if (common > g)
                         with->decode(
                             n, &b, at, q + g * t->low_bits, o + g * LANES, (int)(min(end, common) - g));
@@ -299,28 +328,56 @@ int kvserve_decode(
                         with->decode(
                             n - 1, &b, at, q + rest * t->low_bits, o + rest * LANES, (int)(end - rest));
                 }
-                if (is_last && c.part > 0) {
+                if (is_last && c->part > 0) {
                     Block end = b;
                     end.states = &lanes[n - 1];
                     if (!refill(&sources[n - 1], &at[n - 1]))
-                        return 1;
+                        return BAD_STREAM;
                     with->decode_part(
-                        &end, &at[n - 1], q + (n - 1) * b.plane_stride + c.short_groups * t->low_bits,
-                        o + (n - 1) * b.stride + c.short_groups * LANES, c.part);
+                        &end, &at[n - 1], q + (n - 1) * b.plane_stride + c->short_groups * t->low_bits,
+                        o + (n - 1) * b.stride + c->short_groups * LANES, c->part);
                 }
             }
             if (is_last && t->escape >= 0)
-                escaped += with->restore(row, tokens, t, escapes + min(escaped, escape_count), max(escape_count - escaped, 0));
-        }
-        for (int v = 0; v < n; v++) {
-            if (at[v] != sources[v].end)
-                return 1;
-            for (int lane = 0; lane < LANES; lane++)
-                if (lanes[v].hi[lane] != 1 || lanes[v].lo[lane] != 0)
-                    return 1;
+                d->escaped += with->restore(
+                    row, c->tokens, t, d->escapes + min(d->escaped, d->escape_count),
+                    max(d->escape_count - d->escaped, 0));
         }
     }
-    return escaped == escape_count ? 0 : 2;
+    d->planes = p;
+    return CODED;
+}
+
+int kvserve_decoder_close(Decoder *d)
+{
+    int status = d->escaped == d->escape_count ? CODED : BAD_ESCAPES;
+    for (int64_t v = 0; v < d->cut.streams; v++) {
+        if (d->at[v] != d->sources[v].end)
+            status = BAD_STREAM;
+        for (int lane = 0; lane < LANES; lane++)
+            if (d->lanes[v].hi[lane] != 1 || d->lanes[v].lo[lane] != 0)
+                status = BAD_STREAM;
+    }
+    free(d->sources);
+    return status;
+}
+
+/* Undo kvserve_encode, whatever the words hold. Returns CODED, BAD_STREAM, BAD_ESCAPES or NO_ROOM. */
+int kvserve_decode(
+    int level, int64_t channels, int64_t tokens, int64_t size, const uint8_t *ids, const Table *tables,
+    const uint32_t *slots, const uint16_t *words, const uint32_t *counts, const uint32_t *states,
+    const uint32_t *planes, const int16_t *escapes, int64_t escape_count, int16_t *out)
+{
+    Decoder d;
+    int status = kvserve_decoder_open(
+        &d, level, tokens, size, tables, slots, words, counts, states, planes, escapes, escape_count);
+    if (status != CODED)
+        return status;
+    const int64_t step = staying(tokens);
+    for (int64_t start = 0; start < channels && status == CODED; start += step)
+        status = kvserve_decode_channels(&d, ids + start, min(step, channels - start), out + start * tokens);
+    const int end = kvserve_decoder_close(&d);
+    return status == CODED ? end : status;
 }
 
 /* The table of each channel of [channels, tokens], by the prices; from the last channel to the first, as coding goes. */

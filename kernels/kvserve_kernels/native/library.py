@@ -22,15 +22,20 @@ _SIGNATURES: Final = {
     "kvserve_slots": (None, (_I64, _P, _P)),
     "kvserve_choose": (None, (_INT, _P, _I64, _I64, _P, _P)),
     "kvserve_live": (None, (_P, _I64, _I64, _P)),
-    "kvserve_encode": (None, (_INT, _P, _I64, _I64, _I64, _P, _P, _P, _P)),
+    "kvserve_encode": (_INT, (_INT, _P, _I64, _I64, _I64, _P, _P, _P, _P)),
     "kvserve_decode": (
         _INT, (_INT, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, _P, _P, _I64, _P),
     ),
     "kvserve_transpose": (None, (_P, _I64, _I64, _I64, _INT, _P, _INT)),
     "kvserve_histograms": (None, (_P, _I64, _I64, _P, ctypes.c_int32, _I64, _I64, _P)),
     "kvserve_linear_widest": (_INT, ()),
-    "kvserve_linear_forward": (_INT, (_INT, _P, _P, _I64)),
-    "kvserve_linear_inverse": (_INT, (_INT, _P, _P, _I64)),
+    "kvserve_linear_forward": (_INT, (_INT, _P, _P, _I64, _P)),
+    "kvserve_linear_inverse": (_INT, (_INT, _P, _P, _I64, _P)),
+    "kvserve_fused_encode": (_INT, (_INT, _INT, _P, _P, _I64, _I64, _P, _P, _P)),
+    "kvserve_fused_decode": (_INT, (_INT, _INT, _P, _P, _I64, _P, _P, _I64)),
+    "kvserve_fused_encode_runs": (_INT, (_INT, _INT, _P, _P, _P, _I64, _P, _P, _P)),
+    "kvserve_fused_decode_runs": (_INT, (_INT, _INT, _P, _P, _P, _I64, _P, _P, _P)),
+    "kvserve_finite": (_INT, (_P, _I64, _INT)),
 }  # fmt: skip
 
 

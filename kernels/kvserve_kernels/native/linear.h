@@ -32,10 +32,33 @@ typedef struct {
     int64_t row_stride, token_stride, head_stride; /* bytes */
     int64_t type;                                  /* of values: BFLOAT16, FLOAT16 or FLOAT32 */
     int64_t pairs, is_interleaved;
-    char *values;           /* [rows, tokens, heads, dim] */
+    int64_t rows;           /* of `values`; what follows them is in `more` */
+    char *values, *more;    /* [rows, tokens, heads, dim] */
     const float *cos, *sin; /* [rotations, tokens, pairs] */
-    int16_t *levels;        /* [components of all groups, tokens] */
+    const int32_t *order;   /* tokens that runs refer to, or NULL for all as they come */
 } Piece;
+
+/* Tokens that a group codes with its step; of all runs that go together slots and matrices are the same. */
+typedef struct {
+    const Group *group;
+    int64_t start, tokens; /* in the order */
+    int16_t *levels;       /* [components, tokens] */
+} Run;
+
+/* Memory for blocks of tokens. */
+typedef struct {
+    char *memory;
+    int64_t columns; /* of 32 tokens, of a block */
+    int level, is_inverse;
+} Bench;
+
+/* 32 tokens of a run, of which `tokens` exist; `start` is counted from the run's first. */
+typedef struct {
+    const Run *run;
+    int64_t start, tokens;
+    char *tiles;
+    float powers[32];
+} Column;
 
 enum { BFLOAT16, FLOAT16, FLOAT32 };
 /* what each level of a processor adds */
@@ -51,8 +74,8 @@ enum { DONE, REFUSED, NO_MEMORY };
 #define INLINE static inline __attribute__((always_inline))
 /* The tile intrinsics do not tell the compiler that they read memory. */
 #define READ_MEMORY __asm__ volatile("" : : : "memory")
-/* tokens of a block: all that fits beside the matrix in the second cache */
-#define MOST_TOKENS 512
+/* columns of a block: all that fits beside the matrix in the second cache */
+#define MOST_COLUMNS 16
 #define BLOCK_BYTES (1 << 20)
 
 INLINE int64_t up(int64_t n, int64_t unit)
@@ -134,19 +157,31 @@ INLINE __m512i round_bf16(__m512 v)
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
 
-/* Tokens of a block of which one token takes so many bytes; a multiple of 32. */
-INLINE int64_t block_tokens(int64_t tokens, int64_t bytes)
+/* Where the values of a slot start. */
+INLINE char *slot_values(const Piece *p, const Group *g, int64_t s)
 {
-    int64_t n = BLOCK_BYTES / (bytes + 1) / 32 * 32;
-    n = n < 32 ? 32 : least(n, MOST_TOKENS);
-    return least(n, up(tokens, 32));
+    const int64_t row = g->rows[s];
+    char *values = row < p->rows ? p->values + row * p->row_stride : p->more + (row - p->rows) * p->row_stride;
+    return values + g->heads[s] * p->head_stride;
 }
 
-/* One block of tokens of a group, from `start` on; `count` is a multiple of 32. Scratch memory is aligned. */
-int kvserve_linear_forward_block(const Piece *, const Group *, int16_t *, int64_t, int64_t, char *, int);
-int64_t kvserve_linear_forward_bytes(const Group *, int64_t);
-int kvserve_linear_inverse_block(const Piece *, const Group *, int16_t *, int64_t, int64_t, char *, int);
-int64_t kvserve_linear_inverse_bytes(const Piece *, const Group *, int64_t);
+INLINE int64_t token_of(const Piece *p, int64_t i)
+{
+    return p->order ? p->order[i] : i;
+}
 
+/* One block: `count` columns, all of one group but for the step. Scratch memory is aligned. */
+int kvserve_linear_forward_block(const Piece *, Column *, int64_t count, const Bench *);
+int64_t kvserve_linear_forward_bytes(const Group *, int64_t columns);
+int kvserve_linear_inverse_block(const Piece *, Column *, int64_t count, const Bench *);
+int64_t kvserve_linear_inverse_bytes(const Piece *, const Group *, int64_t columns);
 #endif
+
+/* Get ready for runs of these groups; after DONE it must be closed. The level is at least INT8_DOTS. */
+int kvserve_bench_open(
+    Bench *, const Piece *, const Group *groups, int64_t count, int64_t tokens, int level, int is_inverse);
+/* Write the levels or the values of runs that go together. */
+int kvserve_linear_runs(const Piece *, const Run *, int64_t count, const Bench *);
+void kvserve_bench_close(Bench *);
+
 #endif

@@ -31,7 +31,7 @@ INLINE __m512i keep(
 INLINE __m512i gather_slot(
     const Piece *p, const Group *g, int64_t s, int64_t t, float *scaled, __m512i peak, int type, int whole)
 {
-    const char *from = p->values + g->rows[s] * p->row_stride + t * p->token_stride + g->heads[s] * p->head_stride;
+    const char *from = slot_values(p, g, s) + t * p->token_stride;
     const int64_t dim = p->dim, n = p->pairs;
     const float *mean = g->mean + s * dim, *scale = g->inv_scale + s * dim;
     float *to = scaled + s * dim;
@@ -92,13 +92,16 @@ INLINE int prepare_token(
 }
 
 INLINE int prepare_rows(
-    const Piece *p, const Group *g, int64_t start, int64_t padded, float *scaled, int8_t *rows, float *powers, int type,
-    int whole)
+    const Piece *p, const Column *column, int64_t start, int64_t padded, float *scaled, int8_t *rows, float *powers,
+    int type, int whole)
 {
+    const Run *run = column->run;
     for (int64_t i = 0; i < 16; i++) {
         int e = 0;
-        if (start + i < p->tokens)
-            e = prepare_token(p, g, start + i, scaled, rows + i * padded, padded, type, whole);
+        if (start + i < column->tokens)
+            e = prepare_token(
+                p, run->group, token_of(p, run->start + column->start + start + i), scaled, rows + i * padded, padded,
+                type, whole);
         else
             memset(rows + i * padded, 0, padded);
         if (e > 31)
@@ -109,16 +112,16 @@ INLINE int prepare_rows(
 }
 
 static int prepare_16(
-    const Piece *p, const Group *g, int64_t start, int64_t padded, float *scaled, int8_t *rows, float *powers)
+    const Piece *p, const Column *column, int64_t start, int64_t padded, float *scaled, int8_t *rows, float *powers)
 {
     const int whole = p->dim % 16 == 0 && p->pairs % 16 == 0;
     if (p->type == BFLOAT16 && whole)
-        return prepare_rows(p, g, start, padded, scaled, rows, powers, BFLOAT16, 1);
+        return prepare_rows(p, column, start, padded, scaled, rows, powers, BFLOAT16, 1);
     if (p->type == BFLOAT16)
-        return prepare_rows(p, g, start, padded, scaled, rows, powers, BFLOAT16, 0);
+        return prepare_rows(p, column, start, padded, scaled, rows, powers, BFLOAT16, 0);
     if (p->type == FLOAT16)
-        return prepare_rows(p, g, start, padded, scaled, rows, powers, FLOAT16, 0);
-    return prepare_rows(p, g, start, padded, scaled, rows, powers, FLOAT32, 0);
+        return prepare_rows(p, column, start, padded, scaled, rows, powers, FLOAT16, 0);
+    return prepare_rows(p, column, start, padded, scaled, rows, powers, FLOAT32, 0);
 }
 
 /* Lay 16 rows into tiles; the dot products take unsigned values, 128 more. */
@@ -192,11 +195,13 @@ INLINE __m256i level16(__m512i y, __m512 power, __m512 factor, __m512 offset)
     return _mm512_cvtepi32_epi16(_mm512_mask_sub_epi32(q, _mm512_movepi32_mask(y), _mm512_setzero_si512(), q));
 }
 
-/* Levels of 32 components, from c0 on, and 32 tokens, of which `tokens` exist. */
-static void quantise(
-    const int32_t *y, const float *powers, const Group *g, int64_t c0, int16_t *levels, int64_t stride, int64_t tokens)
+/* Levels of 32 components, from c0 on, of a column. */
+static void quantise(const int32_t *y, const Column *column, int64_t c0)
 {
-    const __m512 p0 = _mm512_loadu_ps(powers), p1 = _mm512_loadu_ps(powers + 16);
+    const Group *g = column->run->group;
+    const int64_t stride = column->run->tokens, tokens = column->tokens;
+    int16_t *levels = column->run->levels + column->start;
+    const __m512 p0 = _mm512_loadu_ps(column->powers), p1 = _mm512_loadu_ps(column->powers + 16);
     const __mmask32 m = (__mmask32)first(tokens) | (__mmask32)first(tokens - 16) << 16;
     const int64_t count = least(g->components - c0, 32);
     for (int64_t c = 0; c < count; c++) {
@@ -208,39 +213,51 @@ static void quantise(
     }
 }
 
-int64_t kvserve_linear_forward_bytes(const Group *g, int64_t block)
+int64_t kvserve_linear_forward_bytes(const Group *g, int64_t columns)
 {
-    return up(g->width, 64) * (block + 16 + (int64_t)sizeof(float));
+    return up(g->width, 64) * (columns * 32 + 16 + (int64_t)sizeof(float));
 }
 
-int kvserve_linear_forward_block(
-    const Piece *p, const Group *g, int16_t *levels, int64_t start, int64_t count, char *scratch, int level)
+int kvserve_linear_forward_block(const Piece *p, Column *columns, int64_t count, const Bench *bench)
 {
+    const Group *g = columns->run->group;
     const int64_t padded = up(g->width, 64), k = padded / 64;
-    int8_t *tiles = (int8_t *)scratch, *rows = tiles + count * padded;
-    float *scaled = (float *)(rows + 16 * padded), powers[MOST_TOKENS];
+    int8_t *tiles = (int8_t *)bench->memory, *rows = tiles + count * 32 * padded;
+    float *scaled = (float *)(rows + 16 * padded);
     int32_t y[2][32 * 32] __attribute__((aligned(64)));
+    int64_t most = 0;
     memset(scaled + g->width, 0, (size_t)(padded - g->width) * sizeof(float));
-    for (int64_t t = 0; t < count; t += 16) {
-        if (prepare_16(p, g, start + t, padded, scaled, rows, powers + t) != DONE)
-            return REFUSED;
-        lay_tiles(rows, padded, tiles + t * padded, level < TILES ? -128 : 0);
+    for (int64_t i = 0; i < count; i++) {
+        Column *column = columns + i;
+        column->tiles = (char *)tiles + i * 32 * padded;
+        most = column->run->group->components > most ? column->run->group->components : most;
+        for (int64_t t = 0; t < 32; t += 16) {
+            if (prepare_16(p, column, t, padded, scaled, rows, column->powers + t) != DONE)
+                return REFUSED;
+            lay_tiles(rows, padded, (int8_t *)column->tiles + t * padded, bench->level < TILES ? -128 : 0);
+        }
     }
     /* one block is quantised while the next is multiplied */
-    const int64_t across = count / 32, blocks = across * (up(g->components, 32) / 32);
-    for (int64_t i = 0; i <= blocks; i++) {
-        if (i < blocks) {
-            const int64_t c = i / across * 32, t = i % across * 32;
-            if (level >= TILES)
-                multiply_tiles(g->matrix + c * padded, tiles + t * padded, k, y[i & 1]);
+    const Column *last = NULL;
+    int64_t last_c = 0, turn = 0;
+    for (int64_t c = 0; c < most; c += 32)
+        for (int64_t i = 0; i < count; i++) {
+            const Column *column = columns + i;
+            if (c >= column->run->group->components)
+                continue;
+            const int8_t *b = (const int8_t *)column->tiles;
+            if (bench->level >= TILES)
+                multiply_tiles(g->matrix + c * padded, b, k, y[turn]);
             else
-                multiply_dots(g->matrix + c * padded, tiles + t * padded, k, g->bias + c, y[i & 1]);
+                multiply_dots(g->matrix + c * padded, b, k, g->bias + c, y[turn]);
+            turn ^= 1;
+            if (last)
+                quantise(y[turn], last, last_c);
+            last = column;
+            last_c = c;
         }
-        if (i > 0) {
-            const int64_t c = (i - 1) / across * 32, t = (i - 1) % across * 32;
-            quantise(y[(i - 1) & 1], powers + t, g, c, levels + start + t, p->tokens, p->tokens - start - t);
-        }
-    }
+    if (last)
+        quantise(y[turn ^ 1], last, last_c);
     return DONE;
 }
 

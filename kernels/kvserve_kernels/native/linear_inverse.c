@@ -178,7 +178,7 @@ INLINE __m512 whole16(const float *x, const float *mean, __mmask16 m, int whole)
 /* Add the means to one token of a slot, turn it, and write it where it belongs. */
 INLINE void finish_token(const Piece *p, const Group *g, int64_t s, int64_t t, const float *x, int type, int whole)
 {
-    char *to = p->values + g->rows[s] * p->row_stride + t * p->token_stride + g->heads[s] * p->head_stride;
+    char *to = slot_values(p, g, s) + t * p->token_stride;
     const int64_t dim = p->dim, n = p->pairs;
     const float *mean = g->mean + s * dim;
     int64_t done = 0;
@@ -216,62 +216,68 @@ INLINE void finish_token(const Piece *p, const Group *g, int64_t s, int64_t t, c
 }
 
 INLINE void finish_tokens(
-    const Piece *p, const Group *g, int64_t s, int64_t start, int64_t count, const float *x, int64_t stride, int type,
-    int whole)
+    const Piece *p, const Column *column, int64_t s, const float *x, int64_t stride, int type, int whole)
 {
-    for (int64_t t = 0; t < count; t++)
-        finish_token(p, g, s, start + t, x + t * stride, type, whole);
+    const Run *run = column->run;
+    for (int64_t t = 0; t < column->tokens; t++)
+        finish_token(p, run->group, s, token_of(p, run->start + column->start + t), x + t * stride, type, whole);
 }
 
-static void finish(
-    const Piece *p, const Group *g, int64_t s, int64_t start, int64_t count, const float *x, int64_t stride)
+static void finish(const Piece *p, const Column *column, int64_t s, const float *x, int64_t stride)
 {
     const int whole = p->dim % 16 == 0 && p->pairs % 16 == 0;
     if (p->type == BFLOAT16 && whole)
-        finish_tokens(p, g, s, start, count, x, stride, BFLOAT16, 1);
+        finish_tokens(p, column, s, x, stride, BFLOAT16, 1);
     else if (p->type == BFLOAT16)
-        finish_tokens(p, g, s, start, count, x, stride, BFLOAT16, 0);
+        finish_tokens(p, column, s, x, stride, BFLOAT16, 0);
     else if (p->type == FLOAT16)
-        finish_tokens(p, g, s, start, count, x, stride, FLOAT16, 0);
+        finish_tokens(p, column, s, x, stride, FLOAT16, 0);
     else
-        finish_tokens(p, g, s, start, count, x, stride, FLOAT32, 0);
+        finish_tokens(p, column, s, x, stride, FLOAT32, 0);
 }
 
-int64_t kvserve_linear_inverse_bytes(const Piece *p, const Group *g, int64_t block)
+int64_t kvserve_linear_inverse_bytes(const Piece *p, const Group *g, int64_t columns)
 {
-    return block * up(g->components, 32) * 2 + 2 * 32 * up(p->dim, 32) * (int64_t)sizeof(float);
+    return columns * 32 * up(g->components, 32) * 2 + 2 * 32 * up(p->dim, 32) * (int64_t)sizeof(float);
 }
 
-int kvserve_linear_inverse_block(
-    const Piece *p, const Group *g, int16_t *levels, int64_t start, int64_t count, char *scratch, int level)
+int kvserve_linear_inverse_block(const Piece *p, Column *columns, int64_t count, const Bench *bench)
 {
-    const int64_t depth = up(g->components, 32), k = depth / 32, padded = up(p->dim, 32);
-    const int64_t stored = up(g->stored, 32), deep = stored / 32;
-    float *x[2] = {(float *)scratch, (float *)scratch + 32 * padded};
-    char *tiles = scratch + 2 * 32 * padded * sizeof(float);
-    const int64_t left = p->tokens - start;
-    if (level >= BF16_DOTS)
-        expand(levels + start, p->tokens, g, count, left, tiles, 1);
-    else
-        expand(levels + start, p->tokens, g, count, left, tiles, 0);
+    const Group *g = columns->run->group;
+    const int64_t padded = up(p->dim, 32), stored = up(g->stored, 32), deep = stored / 32;
+    float *x[2] = {(float *)bench->memory, (float *)bench->memory + 32 * padded};
+    char *tiles = bench->memory + 2 * 32 * padded * sizeof(float);
+    for (int64_t i = 0, next; i < count; i = next) {
+        /* neighbours of one run are laid out together */
+        const Run *run = columns[i].run;
+        const int64_t depth = up(run->group->components, 32);
+        for (next = i; next < count && columns[next].run == run; next++)
+            columns[next].tiles = tiles + (next - i) * 32 * depth * 2;
+        const int16_t *levels = run->levels + columns[i].start;
+        const int64_t wide = (next - i) * 32, left = run->tokens - columns[i].start;
+        if (bench->level >= BF16_DOTS)
+            expand(levels, run->tokens, run->group, wide, left, tiles, 1);
+        else
+            expand(levels, run->tokens, run->group, wide, left, tiles, 0);
+        tiles += wide * depth * 2;
+    }
     /* one block is finished while the next is multiplied */
-    const int64_t across = count / 32, blocks = across * g->slots;
+    const int64_t blocks = count * g->slots;
     for (int64_t i = 0; i <= blocks; i++) {
         if (i < blocks) {
-            const char *a = tiles + i % across * 32 * depth * 2;
-            const char *b = (const char *)g->inverse + i / across * padded * stored * 2;
+            const Column *column = columns + i % count;
+            const int64_t k = up(column->run->group->components, 32) / 32;
+            const char *b = (const char *)g->inverse + i / count * padded * stored * 2;
             for (int64_t w = 0; w < padded; w += 32)
-                if (level >= TILES)
-                    multiply_tiles(a, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
-                else if (level >= BF16_DOTS)
-                    multiply_dots(a, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
+                if (bench->level >= TILES)
+                    multiply_tiles(column->tiles, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
+                else if (bench->level >= BF16_DOTS)
+                    multiply_dots(column->tiles, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
                 else
-                    multiply_floats(a, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
+                    multiply_floats(column->tiles, b + w * stored * 2, k, deep, x[i & 1] + w, padded);
         }
-        if (i > 0) {
-            const int64_t t = (i - 1) % across * 32;
-            finish(p, g, (i - 1) / across, start + t, least(left - t, 32), x[(i - 1) & 1], padded);
-        }
+        if (i > 0)
+            finish(p, columns + (i - 1) % count, (i - 1) / count, x[(i - 1) & 1], padded);
     }
     return DONE;
 }

@@ -15,6 +15,7 @@ from kvserve_kernels.rans.rans_cpu import LANES, MAX_SYMBOLS, TOTAL
 
 # beyond the symbols of a stream: what wide stores may write below its first word
 _SLACK: Final = 32
+_NO_ROOM: Final = 3
 # what C asks of an array
 _WHOLE: Final = ("C", "A")
 
@@ -132,7 +133,7 @@ def encode_values(
 
 
 class _Room(ctypes.Structure):
-    """What ``Coded`` in coder.c is."""
+    """What ``Coded`` in coder.h is."""
 
     _fields_ = (
         ("words", ctypes.c_void_p),
@@ -175,12 +176,15 @@ def encode_natively(
     planes = np.empty(plane_words, np.uint32)
     escapes = np.empty(values.size + tokens, np.int16)
     room = _Room(
-        _at(words), capacity, _at(counts), _at(states), _at(planes), plane_words, _at(escapes), 0
-    )
-    library.kvserve_encode(
+        _at(words), capacity, _at(counts), _at(states), _at(planes), plane_words, _at(escapes),
+        escapes.size,
+    )  # fmt: skip
+    status = library.kvserve_encode(
         int(simd()), _at(values), channels, tokens, groups, _at(ids),
         None if prices is None else _at(prices), _at(tables.native(library)), ctypes.byref(room),
     )  # fmt: skip
+    if status:
+        raise MemoryError
     return Coded(
         [row[: len(part)] for row, part in zip(states, parts, strict=True)],
         planes[plane_words - room.plane_words :],
@@ -230,6 +234,8 @@ def decode_values(
         int(level), ids.size, tokens, groups, _at(ids), _at(tables.native(library)), slots,
         _at(words), _at(counts), _at(states), _at(planes), _at(escapes), escapes.size, _at(out),
     )  # fmt: skip
+    if status == _NO_ROOM:
+        raise MemoryError
     return out if status == 0 else None
 
 
