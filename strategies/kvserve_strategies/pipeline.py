@@ -331,7 +331,7 @@ class _Piece:
     def views(self, halves: Mapping[Kind, Array]) -> Cells:
         """Return the cells where they are, if they are apart."""
         first, *more = (self._view(halves[kind]) for kind in self.cells.kinds)
-        return (first, *more) if more else first
+        return (first, more[0]) if more else first
 
     def put(self, target: Array, part: Array) -> None:
         """Write the cells of one kind."""

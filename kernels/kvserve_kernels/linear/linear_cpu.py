@@ -96,4 +96,4 @@ def check(cells: Cells, plan: Plan, cos: NDArray[np.float32], sin: NDArray[np.fl
         or not cos.dtype == sin.dtype == np.float32
     ):
         raise ValueError(f"the tables {cos.shape} do not fit {piece.shape}")
-    return tokens
+    return int(tokens)
