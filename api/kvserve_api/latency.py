@@ -1,14 +1,17 @@
 """The analytical latency model of one KV transfer.
 
-For V bytes of native KV in n chunks, ratio r, link goodput B with Q bytes queued ahead:
-``T = pipeline(encode e(V), wire (Q + V/r)/B + rtt, decode d(V))``. Stages overlap chunk by chunk, so a pipeline takes
-the sum of one chunk's stages plus (n - 1) times the slowest stage. Without the backlog Q, saturated links (where raw
-transfers take several times V/B) can't be explained.
+V bytes of native KV in n chunks pass through three stages: encode ``e(V)``, wire ``V/(r*B)`` for ratio r and goodput B,
+decode ``d(V)``. Each stage may have to finish earlier work first: the coder ``E`` seconds, the link ``Q`` bytes, the
+decoder ``D`` seconds. Stages overlap chunk by chunk, and waiting for a later stage overlaps with work at an earlier
+one, so the time is the longest path through a flow shop of equal jobs:
+``T = rtt + max(E + pipe(e, w, d), Q/B + pipe(w, d), D + pipe(d))``, where ``pipe`` is the sum of one chunk's stages
+plus (n - 1) times the slowest of them. Without the backlog, saturated links (where raw transfers take several times
+V/B) can't be explained.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
@@ -60,6 +63,30 @@ class StageCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a link, or a coder, was asked for lately.
+
+    Attributes:
+        arrivals_per_s: Transfers a second; 0 where nothing is known.
+        native_bytes_per_s: Native KV bytes a second.
+    """
+
+    arrivals_per_s: float = 0.0
+    native_bytes_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.arrivals_per_s < math.inf:
+            raise SpecError("arrivals_per_s", f"must not be negative, got {self.arrivals_per_s}")
+        if not 0 <= self.native_bytes_per_s < math.inf:
+            raise SpecError(
+                "native_bytes_per_s", f"must not be negative, got {self.native_bytes_per_s}"
+            )
+
+
+NO_LOAD: Final = Load()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """What is known now of the way from one producer to one consumer.
 
@@ -67,29 +94,59 @@ class Link:
         bytes_per_s: Goodput in wire bytes a second.
         backlog_bytes: Wire bytes queued on it ahead of a new transfer.
         rtt_s: Round trip, in seconds.
+        encode_backlog_s: Seconds of encoding that the producer has promised ahead of it.
+        decode_backlog_s: Seconds of decoding that the producer has sent this consumer ahead of it.
+        load: What the link was asked for lately.
+        encoder_load: What the producer's coder was asked for lately, over all its links.
     """
 
     bytes_per_s: float
     backlog_bytes: float = 0.0
     rtt_s: float = 0.0
+    encode_backlog_s: float = 0.0
+    decode_backlog_s: float = 0.0
+    load: Load = NO_LOAD
+    encoder_load: Load = NO_LOAD
 
     def __post_init__(self) -> None:
-        if not (self.bytes_per_s > 0 and math.isfinite(self.bytes_per_s)):
+        if not 0 < self.bytes_per_s < math.inf:
             raise SpecError("bytes_per_s", f"must be finite and positive, got {self.bytes_per_s}")
-        if not (self.backlog_bytes >= 0 and math.isfinite(self.backlog_bytes)):
+        # one comparison each, which NaN fails too: a link is made for every transfer
+        if not 0 <= self.backlog_bytes < math.inf:
             raise SpecError("backlog_bytes", f"must not be negative, got {self.backlog_bytes}")
-        if not (self.rtt_s >= 0 and math.isfinite(self.rtt_s)):
+        if not 0 <= self.rtt_s < math.inf:
             raise SpecError("rtt_s", f"must not be negative, got {self.rtt_s}")
+        if not 0 <= self.encode_backlog_s < math.inf:
+            raise SpecError(
+                "encode_backlog_s", f"must not be negative, got {self.encode_backlog_s}"
+            )
+        if not 0 <= self.decode_backlog_s < math.inf:
+            raise SpecError(
+                "decode_backlog_s", f"must not be negative, got {self.decode_backlog_s}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """The predicted times of one transfer, in seconds."""
+    """The predicted times of one transfer.
+
+    Attributes:
+        encode_s: Encoding alone, in seconds.
+        wire_s: On the wire alone, in seconds.
+        decode_s: Decoding alone, in seconds.
+        wait_s: What earlier work and the round trip add to the pipeline of the three, in seconds.
+        total_s: In all, in seconds.
+        utilisation: Of the busiest stage, if every transfer did the same; at 1 its queue has no end.
+        others_s: What the transfer adds to the waiting of those behind it, in seconds; infinite at a utilisation of 1.
+    """
 
     encode_s: float
     wire_s: float
     decode_s: float
+    wait_s: float
     total_s: float
+    utilisation: float
+    others_s: float
 
 
 def pipeline_s(stages_s: tuple[float, ...], chunks: int) -> float:
@@ -102,18 +159,27 @@ def pipeline_s(stages_s: tuple[float, ...], chunks: int) -> float:
     return (sum(stages_s) + (chunks - 1) * max(stages_s)) / chunks
 
 
-def total_s(
-    native_bytes: float, ratio: float, encode: StageCost, decode: StageCost, link: Link, chunks: int
-) -> float:
-    """Return what `predict` predicts in all; it makes nothing but a number, because a transfer waits for it."""
-    bytes_per_s = link.bytes_per_s
-    wire_s = native_bytes / ratio / bytes_per_s
-    encode_s = max(encode.floor_s, encode.offset_s + native_bytes / encode.bytes_per_s)
-    decode_s = max(decode.floor_s, decode.offset_s + native_bytes / decode.bytes_per_s)
-    slowest_s = max(encode_s, wire_s, decode_s)
-    # the same order of operations as in `pipeline_s`, so that both come to the same number
-    stages_s = (encode_s + wire_s + decode_s + (chunks - 1) * slowest_s) / chunks
-    return link.backlog_bytes / bytes_per_s + link.rtt_s + stages_s
+def utilisation(native_bytes: float, stage_s: float, load: Load) -> float:
+    """Return the share of time a stage is busy if every transfer takes it as long as this one does, for its size."""
+    return load.native_bytes_per_s * stage_s / max(native_bytes, 1)
+
+
+def others_s(stage_s: float, wait_s: float, busy: float, load: Load) -> float:
+    """Return the delay that a transfer causes to those behind it at one stage, in seconds, summed over them.
+
+    Whoever arrives before the stage is idle again waits as much longer as this transfer keeps it busy. The stage is
+    busy for what waits, and for this transfer, stretched by those who arrive meanwhile: the busy period of a queue
+    (Kleinrock 1975, section 5.8), as long as it stays stable.
+
+    Args:
+        stage_s: What the transfer takes there, in seconds.
+        wait_s: Work that is there already, in seconds.
+        busy: The stage's utilisation.
+        load: What it is asked for.
+    """
+    if busy >= 1:
+        return math.inf
+    return load.arrivals_per_s * stage_s * (wait_s + stage_s) / (1 - busy)
 
 
 def predict(
@@ -129,8 +195,27 @@ def predict(
     encode_s = encode.seconds(native_bytes)
     decode_s = decode.seconds(native_bytes)
     wire_s = native_bytes / ratio / link.bytes_per_s
-    waiting_s = link.backlog_bytes / link.bytes_per_s + link.rtt_s
-    total_s = waiting_s + pipeline_s((encode_s, wire_s, decode_s), chunks)
+    queue_s = link.backlog_bytes / link.bytes_per_s
+    total_s = link.rtt_s + max(
+        link.encode_backlog_s + pipeline_s((encode_s, wire_s, decode_s), chunks),
+        queue_s + pipeline_s((wire_s, decode_s), chunks),
+        link.decode_backlog_s + pipeline_s((decode_s,), chunks),
+    )
+    stages = (
+        (encode_s, link.encode_backlog_s, link.encoder_load),
+        (wire_s, queue_s, link.load),
+        (decode_s, link.decode_backlog_s, link.load),
+    )
+    busy = [utilisation(native_bytes, stage_s, load) for stage_s, _, load in stages]
     return Prediction(
-        encode_s=encode_s, wire_s=waiting_s + wire_s, decode_s=decode_s, total_s=total_s
+        encode_s=encode_s,
+        wire_s=wire_s,
+        decode_s=decode_s,
+        wait_s=max(0.0, total_s - pipeline_s((encode_s, wire_s, decode_s), chunks)),
+        total_s=total_s,
+        utilisation=max(busy),
+        others_s=max(
+            others_s(stage_s, wait_s, share, load)
+            for (stage_s, wait_s, load), share in zip(stages, busy, strict=True)
+        ),
     )

@@ -1,22 +1,35 @@
 """The selection law: which profile one transfer uses, by the pushed table and the live link.
 
-A pure function of values, evaluated in the serving pod for each transfer; no clock, no network, no randomness.
+A pure function of values, evaluated in the serving pod for each transfer; no clock, no network, no randomness: what it
+needs of these is passed in.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
-from kvserve_api.latency import Link, total_s
+from kvserve_api.latency import Link, StageCost, predict
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE
-from kvserve_api.table import Candidate, DecisionTable
+from kvserve_api.table import Candidate, ClassRule, DecisionTable, Row
+
+MOST_UTILISATION: Final = 0.95
+"""A candidate that would keep a stage busy for more than this share of the time lets its queue grow without end."""
+HOPE: Final = 1.0
+"""An explored candidate is judged by costs this many standard deviations better than believed."""
+MOST_REGRET: Final = 2.0
+"""A candidate that is believed to take more than so many times as long as the best is not worth a try."""
 
 
 class Bound(StrEnum):
     """What decided a selection."""
 
     GOAL = "Goal"
+    KEPT = "Kept"
+    EXPLORED = "Explored"
     DEADLINE = "DeadlineUnmet"
+    UNSTABLE = "LoadUnmet"
     PINNED = "Pinned"
     OFF = "Off"
     EXPIRED = "TableExpired"
@@ -41,8 +54,17 @@ class Selection:
     predicted_s: float = 0.0
 
 
-RAW = Selection(profile=NONE, wanted=NONE, bound=Bound.NO_TABLE)
+RAW: Final = Selection(profile=NONE, wanted=NONE, bound=Bound.NO_TABLE)
 """The selection of a pod that has no table."""
+_OFF: Final = Selection(profile=NONE, wanted=NONE, bound=Bound.OFF)
+
+# how far a candidate is from what is asked: a lower level wins, whatever the goal
+FITS: Final = 0
+TIGHT: Final = 1
+"""In time, but by so little that it does not take the place of a profile in use."""
+LATE: Final = 2
+UNSTABLE: Final = 3
+_BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
 
 
 def select(
@@ -54,59 +76,216 @@ def select(
     chunks: int = 1,
     expired: bool = False,
     decodable: frozenset[str] | None = None,
+    incumbent: str | None = None,
+    ticket: float = 1.0,
 ) -> Selection:
     """Choose a profile for one transfer.
 
-    Among the class's candidates (all within the quality budget): those that meet the deadline compete by the goal; if
-    none meets it, the fastest wins, because missing by less is better than giving up.
+    The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile
+    and keep every queue finite at the present load, the best by the goal wins; a time to minimise counts the delay
+    that the transfer causes to those behind it. If none meets the deadline the fastest wins, because missing by less is
+    better than giving up; if none keeps the queues finite, the one that comes nearest to it.
 
     Args:
         table: The last acknowledged table.
         workload_class: The request's class.
-        native_bytes: Native KV bytes of the transfer.
-        link: The link as measured now.
+        native_bytes: Native KV bytes of the transfer, at least 1.
+        link: The link as known now.
         chunks: Into how many chunks the transfer is cut.
         expired: The table's time to live has passed and the table says to revert then.
         decodable: Digests of the strategies that the consumer can decode; None if all.
+        incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis.
+        ticket: Below the rule's share, the transfer may explore; within 0 to 1, evenly spread over transfers.
     """
     if table.mode == Mode.OFF:
-        return Selection(profile=NONE, wanted=NONE, bound=Bound.OFF)
+        return _OFF
     if expired:
         return _fixed(table, table.fallback, Bound.EXPIRED, decodable)
     if table.pinned is not None:
         return _fixed(table, table.pinned, Bound.PINNED, decodable)
-
-    rule = table.rule(workload_class)
-    best: Candidate | None = None
-    best_key: tuple[bool, float, float] | None = None
-    best_s = 0.0
-    for name in rule.candidates:
-        candidate = table.candidates[name]
-        if decodable is not None and candidate.strategy.digest not in decodable and name != NONE:
-            continue
-        seconds = total_s(
-            native_bytes, candidate.ratio, candidate.encode, candidate.decode, link, chunks
-        )
-        late = seconds > rule.deadline_s
-        key = (late, seconds if late else _merit(rule.goal, candidate, seconds), seconds)
-        if best_key is None or key < best_key:
-            best, best_key, best_s = candidate, key, seconds
-    if best is None or best_key is None:
+    rows = table.rows.get(workload_class)
+    if rows is None:
+        workload_class = "default"
+        rows = table.rows[workload_class]
+    rule = table.rules[workload_class]
+    if decodable is not None:
+        rows = tuple(row for row in rows if row.name == NONE or _known(table, row, decodable))
+    if not rows:
         return _fixed(table, table.fallback, Bound.PEER, decodable)
-    bound = Bound.DEADLINE if best_key[0] else Bound.GOAL
-    acts = NONE if table.mode == Mode.SHADOW else best.name
-    return Selection(profile=acts, wanted=best.name, bound=bound, predicted_s=best_s)
+
+    # all of `latency.predict`, unfolded and in the same order of operations: a transfer waits for this
+    bytes_per_s = link.bytes_per_s
+    encode_wait_s = link.encode_backlog_s
+    wire_wait_s = link.backlog_bytes / bytes_per_s
+    decode_wait_s = link.decode_backlog_s
+    rtt_s = link.rtt_s
+    more = chunks - 1
+    deadline_s = rule.deadline_s
+    limit_s = deadline_s
+    if incumbent is not None and deadline_s < math.inf and rule.goal is not Goal.MINIMIZE_LATENCY:
+        limit_s = deadline_s / (1 + table.hysteresis)
+    link_rate, coder_rate = link.load.arrivals_per_s, link.encoder_load.arrivals_per_s
+    link_load = link.load.native_bytes_per_s / native_bytes
+    coder_load = link.encoder_load.native_bytes_per_s / native_bytes
+    loaded = link_rate > 0 or coder_rate > 0
+
+    best_name, best_s, best_merit, best_level = "", math.inf, math.inf, UNSTABLE + 1
+    own_s = own_merit = 0.0
+    own_level = -1
+    for name, ratio, floor_e, offset_e, speed_e, floor_d, offset_d, speed_d, margin, fixed in rows:
+        encode_s = offset_e + native_bytes / speed_e
+        if encode_s < floor_e:
+            encode_s = floor_e
+        decode_s = offset_d + native_bytes / speed_d
+        if decode_s < floor_d:
+            decode_s = floor_d
+        wire_s = native_bytes / ratio / bytes_per_s
+        slow_s = wire_s if wire_s > decode_s else decode_s
+        seconds = wire_wait_s + (wire_s + decode_s + more * slow_s) / chunks
+        if encode_s > slow_s:
+            slow_s = encode_s
+        whole_s = encode_wait_s + (encode_s + wire_s + decode_s + more * slow_s) / chunks
+        if whole_s > seconds:
+            seconds = whole_s
+        if decode_wait_s:
+            last_s = decode_wait_s + (decode_s + more * decode_s) / chunks
+            if last_s > seconds:
+                seconds = last_s
+        seconds = rtt_s + seconds
+
+        level = FITS
+        merit = seconds
+        if seconds * margin > limit_s:
+            level = TIGHT if name != incumbent else FITS
+            if seconds * margin > deadline_s:
+                level = LATE
+        if loaded:
+            busy_e, busy_w, busy_d = (
+                coder_load * encode_s,
+                link_load * wire_s,
+                link_load * decode_s,
+            )
+            busy = busy_e if busy_e > busy_w else busy_w
+            if busy_d > busy:
+                busy = busy_d
+            if busy > MOST_UTILISATION:
+                level, merit = UNSTABLE, busy
+            else:
+                cost = coder_rate * encode_s * (encode_wait_s + encode_s) / (1 - busy_e)
+                wire_cost = link_rate * wire_s * (wire_wait_s + wire_s) / (1 - busy_w)
+                if wire_cost > cost:
+                    cost = wire_cost
+                decode_cost = link_rate * decode_s * (decode_wait_s + decode_s) / (1 - busy_d)
+                merit = seconds + (decode_cost if decode_cost > cost else cost)
+        if level < LATE and fixed is not None:
+            merit = fixed
+        if level < best_level or (
+            level == best_level
+            and (merit < best_merit or (merit == best_merit and seconds < best_s))
+        ):
+            best_name, best_s, best_merit, best_level = name, seconds, merit, level
+        if name == incumbent:
+            own_s, own_merit, own_level = seconds, merit, level
+
+    bound = _BOUNDS[best_level]
+    if (
+        own_level == best_level
+        and best_name != incumbent
+        and rule.goal is Goal.MINIMIZE_LATENCY
+        and own_merit <= best_merit * (1 + table.hysteresis)
+    ):
+        assert incumbent is not None
+        best_name, best_s, bound = incumbent, own_s, Bound.KEPT
+    if table.mode == Mode.SHADOW:
+        return Selection(profile=NONE, wanted=best_name, bound=bound, predicted_s=best_s)
+    if ticket < rule.explore_share and best_level == FITS:
+        tried = _explore(table, rule, rows, best_name, best_s, native_bytes, link, chunks)
+        if tried is not None:
+            return tried
+    return Selection(profile=best_name, wanted=best_name, bound=bound, predicted_s=best_s)
 
 
-def _merit(goal: Goal, candidate: Candidate, seconds: float) -> float:
-    """Return what to minimise among the candidates that meet the deadline."""
-    match goal:
-        case Goal.MINIMIZE_LATENCY:
-            return seconds
-        case Goal.MAXIMIZE_QUALITY:
-            return candidate.loss_upper_bp
-        case Goal.MINIMIZE_BYTES:
-            return -candidate.ratio
+def _explore(
+    table: DecisionTable,
+    rule: ClassRule,
+    rows: tuple[Row, ...],
+    best: str,
+    best_s: float,
+    native_bytes: int,
+    link: Link,
+    chunks: int,
+) -> Selection | None:
+    """Return the candidate that could be best, in place of the one believed to be; None if there is none.
+
+    Optimism in the face of uncertainty (upper confidence bounds, Auer et al. 2002) among the candidates that keep
+    every constraint as believed, so that no deadline is staked on hope.
+    """
+    chosen: tuple[float, str, float] | None = None
+    believed = _merit(table.candidates[best], rule, native_bytes, link, chunks, hope=0.0)
+    for row in rows:
+        if row.name == best:
+            continue
+        candidate = table.candidates[row.name]
+        expected = predict(
+            native_bytes=native_bytes,
+            ratio=candidate.ratio,
+            encode=candidate.encode,
+            decode=candidate.decode,
+            link=link,
+            chunks=chunks,
+        )
+        fits = expected.total_s * row.margin <= rule.deadline_s
+        if not fits or expected.utilisation > MOST_UTILISATION:
+            continue
+        if expected.total_s > MOST_REGRET * best_s:
+            continue
+        hoped = _merit(candidate, rule, native_bytes, link, chunks, hope=HOPE)
+        if hoped < believed and (chosen is None or hoped < chosen[0]):
+            chosen = (hoped, row.name, expected.total_s)
+    if chosen is None:
+        return None
+    return Selection(
+        profile=chosen[1], wanted=chosen[1], bound=Bound.EXPLORED, predicted_s=chosen[2]
+    )
+
+
+def _merit(
+    candidate: Candidate,
+    rule: ClassRule,
+    native_bytes: int,
+    link: Link,
+    chunks: int,
+    *,
+    hope: float,
+) -> float:
+    """Return what the goal minimises, with costs so many standard deviations better than believed."""
+    doubt = candidate.doubt
+    ratio = candidate.ratio * math.exp(hope * doubt.wire)
+    if rule.goal is Goal.MAXIMIZE_QUALITY:
+        return candidate.loss_upper_bp
+    if rule.goal is Goal.MINIMIZE_BYTES:
+        return -ratio
+    hoped = predict(
+        native_bytes=native_bytes,
+        ratio=ratio,
+        encode=_scaled(candidate.encode, math.exp(-hope * doubt.encode)),
+        decode=_scaled(candidate.decode, math.exp(-hope * doubt.decode)),
+        link=link,
+        chunks=chunks,
+    )
+    return hoped.total_s + hoped.others_s
+
+
+def _scaled(cost: StageCost, factor: float) -> StageCost:
+    return StageCost(
+        floor_s=cost.floor_s * factor,
+        offset_s=cost.offset_s * factor,
+        bytes_per_s=cost.bytes_per_s / factor,
+    )
+
+
+def _known(table: DecisionTable, row: Row, decodable: frozenset[str]) -> bool:
+    return table.candidates[row.name].strategy.digest in decodable
 
 
 def _fixed(

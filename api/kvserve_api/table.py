@@ -1,10 +1,11 @@
 """The decision table: all a pod needs to choose a profile for each transfer without asking anybody."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import total_ordering
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvserve_api.errors import SpecError
 from kvserve_api.latency import StageCost
@@ -14,6 +15,8 @@ from kvserve_api.strategy import StrategyConfig
 
 MAX_CANDIDATES: Final = 8
 """Most profiles that one workload class may choose from: the selection runs in microseconds."""
+MAX_DOUBT: Final = 5.0
+"""Largest standard deviation of a logarithm: more than a factor of 100 either way is no knowledge."""
 
 
 @total_ordering
@@ -61,6 +64,30 @@ class OnControllerLoss(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Doubt:
+    """How unsure the corrections of a candidate are: standard deviations of their natural logarithms.
+
+    Attributes:
+        encode: Of the time to encode.
+        decode: Of the time to decode.
+        wire: Of the wire bytes.
+    """
+
+    encode: float = 0.0
+    decode: float = 0.0
+    wire: float = 0.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not 0 <= value <= MAX_DOUBT:
+                raise SpecError(each.name, f"must be within 0 to {MAX_DOUBT:g}, got {value}")
+
+
+CERTAIN: Final = Doubt()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A profile as a pod needs it, costs corrected by what was learned online.
 
@@ -72,6 +99,7 @@ class Candidate:
         encode: Cost on the producer.
         decode: Cost on the consumer.
         bundle: Digest of the calibration bundle it needs, or None.
+        doubt: How unsure costs and ratio are.
     """
 
     name: str
@@ -81,6 +109,7 @@ class Candidate:
     encode: StageCost
     decode: StageCost
     bundle: str | None = None
+    doubt: Doubt = CERTAIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,17 +120,68 @@ class ClassRule:
         goal: What to optimise among the profiles that meet the deadline.
         candidates: The names of the profiles it may use, all within its quality budget.
         deadline_s: Most seconds a transfer may take to keep the SLO; infinity without one.
+        margins: By candidate, what its predicted time is multiplied with before it is held against the deadline: so
+            much longer it may take at the SLO's percentile. 1 for a candidate that is not named.
+        explore_share: Share of the transfers that may try a candidate that could be better than is known.
     """
 
     goal: Goal
     candidates: tuple[str, ...]
     deadline_s: float = math.inf
+    margins: Mapping[str, float] = field(default_factory=dict)
+    explore_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.candidates) <= MAX_CANDIDATES:
             raise SpecError("candidates", f"must be 1 to {MAX_CANDIDATES} names")
         if not self.deadline_s > 0:
             raise SpecError("deadline_s", f"must be positive, got {self.deadline_s}")
+        for name, margin in self.margins.items():
+            if not (name in self.candidates and 1 <= margin < math.inf):
+                raise SpecError("margins", f"{name!r} must be a candidate's, at least 1: {margin}")
+        if not 0 <= self.explore_share <= 0.5:
+            raise SpecError("explore_share", f"must be within 0 to 0.5, got {self.explore_share}")
+
+
+class Row(NamedTuple):
+    """A candidate of a rule, unfolded: a transfer waits while rows are compared.
+
+    Attributes:
+        merit: What the goal minimises if that is no time; None if it is.
+    """
+
+    name: str
+    ratio: float
+    encode_floor_s: float
+    encode_offset_s: float
+    encode_bytes_per_s: float
+    decode_floor_s: float
+    decode_offset_s: float
+    decode_bytes_per_s: float
+    margin: float
+    merit: float | None
+
+    @classmethod
+    def of(cls, candidate: Candidate, rule: ClassRule) -> "Row":
+        """Unfold a candidate."""
+        merits = {
+            Goal.MINIMIZE_LATENCY: None,
+            Goal.MAXIMIZE_QUALITY: candidate.loss_upper_bp,
+            Goal.MINIMIZE_BYTES: -candidate.ratio,
+        }
+        encode, decode = candidate.encode, candidate.decode
+        return cls(
+            name=candidate.name,
+            ratio=candidate.ratio,
+            encode_floor_s=encode.floor_s,
+            encode_offset_s=encode.offset_s,
+            encode_bytes_per_s=encode.bytes_per_s,
+            decode_floor_s=decode.floor_s,
+            decode_offset_s=decode.offset_s,
+            decode_bytes_per_s=decode.bytes_per_s,
+            margin=rule.margins.get(candidate.name, 1.0),
+            merit=merits[rule.goal],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +199,8 @@ class DecisionTable:
         ttl_s: How long the table holds without news from the controller, in seconds.
         on_controller_loss: What applies after that.
         prior_bytes_per_s: Goodput to assume for a link nobody has measured yet.
+        hysteresis: By what share another profile must be better than the one in use to take its place.
+        rows: For each workload class its candidates, unfolded; made from the rest.
 
     Raises:
         SpecError: A name is not among the candidates, or the default rule is missing.
@@ -134,6 +216,8 @@ class DecisionTable:
     ttl_s: float
     on_controller_loss: OnControllerLoss
     prior_bytes_per_s: float
+    hysteresis: float = 0.0
+    rows: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if DEFAULT_CLASS not in self.rules:
@@ -142,12 +226,19 @@ class DecisionTable:
             raise SpecError("ttl_s", f"must be positive, got {self.ttl_s}")
         if not self.prior_bytes_per_s > 0:
             raise SpecError("prior_bytes_per_s", f"must be positive, got {self.prior_bytes_per_s}")
+        if not 0 <= self.hysteresis <= 1:
+            raise SpecError("hysteresis", f"must be within 0 to 1, got {self.hysteresis}")
         if (self.mode == Mode.PINNED) != (self.pinned is not None):
             raise SpecError("pinned", "must be set if and only if the mode is Pinned")
         named = {NONE, self.fallback} | {n for r in self.rules.values() for n in r.candidates}
         named |= {self.pinned} if self.pinned is not None else set()
         if missing := sorted(named - set(self.candidates)):
             raise SpecError("candidates", f"must hold {', '.join(missing)}, which is referred to")
+        rows = {
+            name: tuple(Row.of(self.candidates[each], rule) for each in rule.candidates)
+            for name, rule in self.rules.items()
+        }
+        object.__setattr__(self, "rows", rows)
 
     def rule(self, workload_class: str) -> ClassRule:
         """Return the rule of a class; that of ``default`` for an unknown one."""

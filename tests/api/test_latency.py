@@ -1,6 +1,7 @@
 """The latency model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
-from kvserve_api.latency import Link, StageCost, pipeline_s, predict
+from kvserve_api.latency import Link, Load, StageCost, pipeline_s, predict
 
 seconds = st.floats(0, 1e3)
 speeds = st.floats(1, 1e12)
@@ -16,14 +17,56 @@ sizes = st.integers(0, 1 << 40)
 
 
 def test_worked_example() -> None:
-    """100 MB at ratio 4 over 50 MB/s behind 10 MB: 0.2 s waiting + 0.5 s wire + codecs, then pipelined."""
+    """100 MB at ratio 4 over 50 MB/s behind 10 MB: encoding overlaps the wait, the wire doesn't; then pipelined."""
     cost = StageCost(bytes_per_s=1e9)
     link = Link(bytes_per_s=50e6, backlog_bytes=10e6, rtt_s=0.01)
     one = predict(native_bytes=100e6, ratio=4, encode=cost, decode=cost, link=link)
-    assert one.total_s == pytest.approx(0.21 + 0.1 + 0.5 + 0.1)
-    assert one.wire_s == pytest.approx(0.21 + 0.5)
+    assert (one.encode_s, one.wire_s, one.decode_s) == pytest.approx((0.1, 0.5, 0.1))
+    assert one.total_s == pytest.approx(0.01 + 0.2 + 0.5 + 0.1)
+    assert one.wait_s == pytest.approx(0.01 + 0.2 - 0.1)
     ten = predict(native_bytes=100e6, ratio=4, encode=cost, decode=cost, link=link, chunks=10)
-    assert ten.total_s == pytest.approx(0.21 + (0.7 + 9 * 0.5) / 10)
+    assert ten.total_s == pytest.approx(0.21 + (0.6 + 9 * 0.5) / 10)
+
+
+@given(
+    st.tuples(*[st.floats(1e-3, 10)] * 3), st.tuples(*[st.floats(0, 100)] * 3), st.integers(1, 40)
+)
+def test_is_a_flow_shop(
+    stages_s: tuple[float, float, float], waits_s: tuple[float, float, float], chunks: int
+) -> None:
+    """The formula is what a line of three stages takes, each busy until a time of its own, chunk after chunk."""
+    free_s = list(waits_s)
+    for _ in range(chunks):
+        done_s = 0.0
+        for stage, stage_s in enumerate(stages_s):
+            done_s = free_s[stage] = max(free_s[stage], done_s) + stage_s / chunks
+    predicted = predict(
+        native_bytes=1.0,
+        ratio=1.0,
+        encode=StageCost(offset_s=stages_s[0]),
+        decode=StageCost(offset_s=stages_s[2]),
+        link=Link(
+            bytes_per_s=1 / stages_s[1],
+            backlog_bytes=waits_s[1] / stages_s[1],
+            encode_backlog_s=waits_s[0],
+            decode_backlog_s=waits_s[2],
+        ),
+        chunks=chunks,
+    )
+    assert predicted.total_s == pytest.approx(free_s[2])
+
+
+def test_delay_to_others() -> None:
+    """A stage busy half of the time for a transfer of 1 s behind 2 s: 0.5 arrivals/s wait 1 s more for 6 s."""
+    free = StageCost()
+    load = Load(arrivals_per_s=0.5, native_bytes_per_s=5e5)
+    link = Link(bytes_per_s=1e6, backlog_bytes=2e6, load=load)
+    one = predict(native_bytes=1e6, ratio=1, encode=free, decode=free, link=link)
+    assert one.utilisation == pytest.approx(0.5)
+    assert one.others_s == pytest.approx(0.5 * 1.0 * (2.0 + 1.0) / 0.5)
+    full = replace(link, load=Load(arrivals_per_s=1.0, native_bytes_per_s=1e6))
+    endless = predict(native_bytes=1e6, ratio=1, encode=free, decode=free, link=full)
+    assert endless.others_s == math.inf
 
 
 @given(st.tuples(seconds, seconds, seconds), st.integers(1, 1000))
@@ -84,9 +127,13 @@ def test_cost_round_trip(floor_s: float, offset_s: float, bytes_per_s: float) ->
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
 def test_link_refuses_nonsense(bad: float) -> None:
     """NaN, negative and infinite values are no link."""
-    for field in ("bytes_per_s", "backlog_bytes", "rtt_s"):
+    waits = ("backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s")
+    for field in ("bytes_per_s", *waits):
         with pytest.raises(SpecError, match=field):
             Link(**({"bytes_per_s": 1.0} | {field: bad}))
+    for field in ("arrivals_per_s", "native_bytes_per_s"):
+        with pytest.raises(SpecError, match=field):
+            Load(**{field: bad})
 
 
 @pytest.mark.parametrize("bad", [math.nan, -1.0])

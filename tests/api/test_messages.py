@@ -17,7 +17,14 @@ from kvserve_api.rpc.messages import (
     version_from_message,
     version_to_message,
 )
-from kvserve_api.table import Candidate, ClassRule, DecisionTable, OnControllerLoss, Version
+from kvserve_api.table import (
+    Candidate,
+    ClassRule,
+    DecisionTable,
+    Doubt,
+    OnControllerLoss,
+    Version,
+)
 from samples import INT4, RAW, policy_object
 
 
@@ -31,6 +38,7 @@ def candidate(p: Profile, bundle: str | None = None) -> Candidate:
         encode=p.encode,
         decode=p.decode,
         bundle=bundle,
+        doubt=Doubt(encode=0.25, decode=0.5, wire=0.125),
     )
 
 
@@ -47,6 +55,8 @@ def table(deadline_s: float = math.inf) -> DecisionTable:
                 goal=policy.classes["default"].slo.goal,
                 candidates=("int4", "none"),
                 deadline_s=deadline_s,
+                margins={"int4": 1.5},
+                explore_share=0.02,
             )
             for name in ("default", "code")
         },
@@ -55,6 +65,7 @@ def table(deadline_s: float = math.inf) -> DecisionTable:
         ttl_s=60.0,
         on_controller_loss=OnControllerLoss.REVERT,
         prior_bytes_per_s=1e6,
+        hysteresis=0.03,
     )
 
 
@@ -84,6 +95,33 @@ def broken(**fields: Any) -> pb.Push:
     return push
 
 
+def broken_rule(margins: dict[str, float] | None = None, explore_share: float = 0.0) -> pb.Push:
+    """Return a push with another margin or share in its default rule."""
+    push = push_from_table(table(), "n")
+    rule = push.table.rules["default"]
+    rule.explore_share = explore_share
+    for name, margin in (margins or {}).items():
+        rule.margins[name] = margin
+    return push
+
+
+def test_table_of_an_earlier_controller() -> None:
+    """What an earlier controller does not say means: certain, no margin, no exploring, no hysteresis."""
+    push = push_from_table(table(), "n")
+    push.table.ClearField("hysteresis")
+    for candidate_message in push.table.candidates:
+        for name in ("encode_doubt", "decode_doubt", "wire_doubt"):
+            candidate_message.ClearField(name)
+    for rule in push.table.rules.values():
+        rule.ClearField("margins")
+        rule.ClearField("explore_share")
+    read = table_from_push(push)
+    assert read.hysteresis == 0
+    assert read.candidates["int4"].doubt == Doubt()
+    assert read.rules["default"].margins == {}
+    assert read.rules["default"].explore_share == 0
+
+
 @pytest.mark.parametrize(
     "push",
     [
@@ -101,6 +139,11 @@ def broken(**fields: Any) -> pb.Push:
         pytest.param(broken(strategy=b" " * 20_000), id="strategy-long"),
         pytest.param(broken(strategy=b'{"schema":"x"}'), id="strategy-schema"),
         pytest.param(broken(name="other"), id="renamed"),
+        pytest.param(broken(encode_doubt=math.nan), id="doubt"),
+        pytest.param(broken(hysteresis=-1.0), id="hysteresis"),
+        pytest.param(broken_rule(explore_share=math.nan), id="share"),
+        pytest.param(broken_rule(margins={"int4": 0.5}), id="margin"),
+        pytest.param(broken_rule(margins={"gone": 2.0}), id="margin-of-nobody"),
     ],
 )
 def test_bad_push_is_a_typed_error(push: pb.Push) -> None:

@@ -2,16 +2,25 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve_api.latency import Link, StageCost, predict
+from kvserve_api.latency import Link, Load, StageCost, predict
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE, Profile
-from kvserve_api.selection import Bound, select
-from kvserve_api.table import Candidate, ClassRule, DecisionTable, OnControllerLoss, Version
+from kvserve_api.selection import MOST_REGRET, MOST_UTILISATION, Bound, select
+from kvserve_api.table import (
+    CERTAIN,
+    Candidate,
+    ClassRule,
+    DecisionTable,
+    Doubt,
+    OnControllerLoss,
+    Version,
+)
 from samples import INT4, INT8, RANS, RAW, profile
 
 MBIT = 125_000.0
@@ -25,6 +34,9 @@ def table(
     mode: Mode = Mode.ACTIVE,
     pinned: str | None = None,
     fallback: str = NONE,
+    hysteresis: float = 0.0,
+    doubt: Doubt = CERTAIN,
+    **rule: Any,
 ) -> DecisionTable:
     """Return a table of one rule over the given profiles, or four usual ones."""
     chosen = profiles or (RANS, INT4, INT8, RAW)
@@ -40,12 +52,13 @@ def table(
                 loss_upper_bp=p.loss_upper_bp,
                 encode=p.encode,
                 decode=p.decode,
+                doubt=doubt,
             )
             for p in chosen
         },
         rules={
             "default": ClassRule(
-                goal=goal, candidates=tuple(p.name for p in chosen), deadline_s=deadline_s
+                goal=goal, candidates=tuple(p.name for p in chosen), deadline_s=deadline_s, **rule
             )
         },
         pinned=pinned,
@@ -53,6 +66,7 @@ def table(
         ttl_s=60.0,
         on_controller_loss=OnControllerLoss.HOLD_LAST_GOOD,
         prior_bytes_per_s=125e6,
+        hysteresis=hysteresis,
     )
 
 
@@ -229,3 +243,217 @@ def test_consumer_that_cannot_decode() -> None:
     assert (chosen.profile, chosen.wanted, chosen.bound) == ("none", "rans", Bound.PEER)
     nothing = select(table(), "default", native_bytes=SIZE, link=link, decodable=frozenset())
     assert nothing.profile == "none"
+
+
+loads = st.builds(Load, arrivals_per_s=st.floats(0, 50), native_bytes_per_s=st.floats(0, 1e9))
+busy_links = st.builds(
+    Link,
+    bytes_per_s=st.floats(1e5, 1e10),
+    backlog_bytes=st.floats(0, 1e9),
+    rtt_s=st.floats(0, 0.1),
+    encode_backlog_s=st.floats(0, 10),
+    decode_backlog_s=st.floats(0, 10),
+    load=loads,
+    encoder_load=loads,
+)
+
+
+@given(tables(), st.integers(1 << 10, 1 << 30), busy_links, st.integers(1, 32))
+def test_unfolded_loop_is_the_model(
+    drawn: DecisionTable, size: int, link: Link, chunks: int
+) -> None:
+    """What is chosen is what the latency model, written out, calls the best: stable, then in time, then by the goal."""
+    rule = drawn.rules["default"]
+    chosen = select(drawn, "default", native_bytes=size, link=link, chunks=chunks)
+    keys = {}
+    for name, c in drawn.candidates.items():
+        p = predict(
+            native_bytes=size,
+            ratio=c.ratio,
+            encode=c.encode,
+            decode=c.decode,
+            link=link,
+            chunks=chunks,
+        )
+        merit = {
+            Goal.MINIMIZE_LATENCY: p.total_s + p.others_s,
+            Goal.MAXIMIZE_QUALITY: c.loss_upper_bp,
+            Goal.MINIMIZE_BYTES: -c.ratio,
+        }[rule.goal]
+        if p.utilisation > MOST_UTILISATION:
+            keys[name] = (3, p.utilisation, p.total_s)
+        elif p.total_s > rule.deadline_s:
+            keys[name] = (2, p.total_s + p.others_s, p.total_s)
+        else:
+            keys[name] = (0, merit, p.total_s)
+        if name == chosen.profile:
+            assert chosen.predicted_s == pytest.approx(p.total_s, rel=1e-12)
+    best = min(keys.values())
+    assert keys[chosen.profile][0] == best[0] or best[1] == pytest.approx(MOST_UTILISATION)
+    if keys[chosen.profile][0] == best[0]:
+        assert keys[chosen.profile][1] == pytest.approx(best[1], rel=1e-9, abs=1e-12)
+
+
+def test_high_load_needs_the_larger_ratio() -> None:
+    """At an offered load that int4 can't carry over this link only rans keeps the queue finite, though it is slower."""
+    link = Link(bytes_per_s=1000 * MBIT)
+    assert select(table(), "default", native_bytes=SIZE, link=link).profile == "int4"
+    offered = Load(arrivals_per_s=10, native_bytes_per_s=10 * SIZE)
+    loaded = replace(link, load=offered)
+    slow_codec = profile("slow", ratio=6.0, encode_bytes_per_s=9e8, decode_bytes_per_s=9e8)
+    fast_codec = profile("fast", ratio=4.1, encode_bytes_per_s=9e9, decode_bytes_per_s=9e9)
+    two = table(slow_codec, fast_codec, RAW)
+    assert select(two, "default", native_bytes=SIZE, link=link).profile == "fast"
+    # 500 MB/s over 125 MB/s are 0.976 of it at 4.1 : 1, and 0.67 at 6 : 1
+    assert select(two, "default", native_bytes=SIZE, link=loaded).profile == "slow"
+    # with every codec and the link overloaded, the least overload
+    flood = replace(link, load=Load(arrivals_per_s=100, native_bytes_per_s=100 * SIZE))
+    chosen = select(two, "default", native_bytes=SIZE, link=flood)
+    assert (chosen.profile, chosen.bound) == ("slow", Bound.UNSTABLE)
+
+
+def test_codec_that_cannot_keep_up_is_unstable() -> None:
+    """A coder asked for more than a profile can code is as overloaded as a link would be."""
+    link = Link(bytes_per_s=20 * MBIT, encoder_load=Load(arrivals_per_s=4, native_bytes_per_s=2e8))
+    assert select(table(), "default", native_bytes=SIZE, link=replace(link)).profile != "rans"
+    idle = replace(link, encoder_load=Load(arrivals_per_s=1, native_bytes_per_s=SIZE))
+    assert select(table(), "default", native_bytes=SIZE, link=idle).profile == "rans"
+
+
+@given(
+    tables(Goal.MINIMIZE_LATENCY),
+    st.integers(1 << 16, 1 << 30),
+    st.floats(1e5, 1e9),
+    st.floats(1, 100),
+    st.floats(0.01, 20),
+)
+def test_slower_loaded_link_never_means_a_smaller_ratio(
+    drawn: DecisionTable, size: int, slow: float, factor: float, arrivals: float
+) -> None:
+    """With free coders the ratio only grows as a loaded link slows."""
+    free = {
+        name: replace(c, encode=StageCost(offset_s=c.encode.seconds(size)), decode=StageCost())
+        for name, c in drawn.candidates.items()
+    }
+    drawn = replace(
+        drawn,
+        candidates=free,
+        rules={"default": replace(drawn.rules["default"], deadline_s=math.inf)},
+    )
+    load = Load(arrivals_per_s=arrivals, native_bytes_per_s=arrivals * size)
+    ratios = [
+        drawn.candidates[
+            select(
+                drawn, "default", native_bytes=size, link=Link(bytes_per_s=speed, load=load)
+            ).profile
+        ].ratio
+        for speed in (slow, slow * factor)
+    ]
+    assert ratios[0] >= ratios[1] or factor < 1 + 1e-9
+
+
+@given(tables(), sizes, links, st.floats(1, 10))
+def test_longer_deadline_never_costs_quality(
+    drawn: DecisionTable, size: int, link: Link, factor: float
+) -> None:
+    """Under MaximizeQuality a longer deadline, met as well, never leads to a worse profile."""
+    rule = replace(drawn.rules["default"], goal=Goal.MAXIMIZE_QUALITY)
+    short = select(replace(drawn, rules={"default": rule}), "default", native_bytes=size, link=link)
+    longer = replace(rule, deadline_s=rule.deadline_s * factor)
+    long = select(
+        replace(drawn, rules={"default": longer}), "default", native_bytes=size, link=link
+    )
+    if short.bound is Bound.GOAL:
+        losses = [drawn.candidates[each.profile].loss_upper_bp for each in (short, long)]
+        assert losses[1] <= losses[0]
+
+
+def test_percentile_decides_the_deadline() -> None:
+    """A candidate that is in time as predicted, but not at the SLO's percentile, gives way."""
+    link = Link(bytes_per_s=100 * MBIT)
+    arguments = {"goal": Goal.MAXIMIZE_QUALITY, "deadline_s": 2.2}
+    # int8 takes 2.15 s there
+    certain = select(table(**arguments), "default", native_bytes=SIZE, link=link)  # type: ignore[arg-type]
+    assert certain.profile == "int8"
+    unsure = table(**arguments, margins={"int8": 1.1})  # type: ignore[arg-type]
+    assert select(unsure, "default", native_bytes=SIZE, link=link).profile == "int4"
+
+
+def test_noise_does_not_flap() -> None:
+    """A profile in use stays while another is better by less than the hysteresis, and goes when it is by more."""
+    near = Link(bytes_per_s=4600 * MBIT)
+    free_s = select(table(), "default", native_bytes=SIZE, link=near)
+    assert free_s.profile == "none"
+    kept = select(table(hysteresis=0.05), "default", native_bytes=SIZE, link=near, incumbent="int8")
+    assert (kept.profile, kept.bound) == ("int8", Bound.KEPT)
+    assert kept.predicted_s <= 1.05 * free_s.predicted_s
+    far = Link(bytes_per_s=10_000 * MBIT)
+    assert (
+        select(
+            table(hysteresis=0.05), "default", native_bytes=SIZE, link=far, incumbent="int8"
+        ).profile
+        == "none"
+    )
+    gone = select(table(hysteresis=0.05), "default", native_bytes=SIZE, link=near, incumbent="gone")
+    assert gone.profile == "none"
+
+
+@given(tables(), sizes, busy_links, st.floats(0, 0.2), st.integers(0, 7))
+def test_hysteresis_never_costs_a_constraint(
+    drawn: DecisionTable, size: int, link: Link, hysteresis: float, index: int
+) -> None:
+    """Whatever is in use, the choice is as stable and as much in time as without, and at most so much slower."""
+    names = drawn.rules["default"].candidates
+    sticky = replace(drawn, hysteresis=hysteresis)
+    incumbent = names[index % len(names)]
+    free = select(sticky, "default", native_bytes=size, link=link)
+    kept = select(sticky, "default", native_bytes=size, link=link, incumbent=incumbent)
+    order = [Bound.GOAL, Bound.KEPT, Bound.DEADLINE, Bound.UNSTABLE]
+    assert order[max(1, order.index(free.bound)) :] == order[max(1, order.index(kept.bound)) :]
+    if kept.bound is not Bound.KEPT and drawn.rules["default"].goal is Goal.MINIMIZE_LATENCY:
+        assert kept.predicted_s == free.predicted_s
+    # the choice is settled: asked again with what it chose, it stays
+    again = select(sticky, "default", native_bytes=size, link=link, incumbent=kept.profile)
+    assert again.profile == kept.profile
+
+
+@given(tables(), sizes, busy_links, st.floats(0, 2), st.floats(0, 0.019))
+def test_exploring_stays_within_the_constraints(
+    drawn: DecisionTable, size: int, link: Link, doubt: float, ticket: float
+) -> None:
+    """What is tried is stable, in time and not believed to be much slower; without doubt nothing is."""
+    rule = replace(drawn.rules["default"], explore_share=0.02)
+    unsure = replace(
+        drawn,
+        rules={"default": rule},
+        candidates={
+            name: replace(c, doubt=Doubt(encode=doubt, decode=doubt, wire=doubt))
+            for name, c in drawn.candidates.items()
+        },
+    )
+    usual = select(unsure, "default", native_bytes=size, link=link)
+    tried = select(unsure, "default", native_bytes=size, link=link, ticket=ticket)
+    if tried.bound is not Bound.EXPLORED:
+        assert tried == usual
+        return
+    assert doubt > 0
+    assert usual.bound is Bound.GOAL
+    assert tried.profile != usual.profile
+    assert tried.predicted_s <= rule.deadline_s
+    assert tried.predicted_s <= MOST_REGRET * usual.predicted_s
+    assert select(unsure, "default", native_bytes=size, link=link, ticket=0.02) == usual
+
+
+def test_explores_what_could_be_better() -> None:
+    """On a link where int8 is best, an int4 that may be 40 % faster than believed is tried by its share of tickets."""
+    link = Link(bytes_per_s=3000 * MBIT)
+    unsure = table(doubt=Doubt(encode=0.5, decode=0.5), explore_share=0.1)
+    tries = [
+        select(unsure, "default", native_bytes=SIZE, link=link, ticket=n / 100) for n in range(100)
+    ]
+    explored = [t.profile for t in tries if t.bound is Bound.EXPLORED]
+    assert explored == ["int4"] * 10
+    assert {t.profile for t in tries if t.bound is not Bound.EXPLORED} == {"int8"}
+    shadow = table(mode=Mode.SHADOW, doubt=Doubt(encode=0.5), explore_share=0.1)
+    chosen = select(shadow, "default", native_bytes=SIZE, link=link, ticket=0.0)
+    assert (chosen.profile, chosen.wanted, chosen.bound) == ("none", "int8", Bound.GOAL)

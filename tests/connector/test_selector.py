@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kv_loopback import ENGINE, LAYOUT
 from kvserve_api.errors import StrategyError
-from kvserve_api.latency import Link, StageCost, predict, total_s
+from kvserve_api.latency import Link
 from kvserve_api.policy import Mode
 from kvserve_api.selection import Bound
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
@@ -160,35 +158,3 @@ def test_consumer_without_the_bundle_gets_what_it_can_decode(tmp_path: Path) -> 
     choice = chosen("sha256:" + "1" * 64, bundle.digest)
     assert choice.selection.profile == "int4-token"
     assert choice.pipeline.bundle is bundle
-
-
-@given(
-    native_bytes=st.integers(1, 10**11),
-    ratio=st.floats(0.5, 50),
-    bytes_per_s=st.floats(1e3, 1e11),
-    backlog_bytes=st.floats(0, 1e11),
-    encode=st.floats(1e6, 1e11),
-    floor_s=st.floats(0, 1),
-    chunks=st.integers(1, 100),
-)
-def test_short_form_of_the_prediction_is_the_prediction(
-    native_bytes: int,
-    ratio: float,
-    bytes_per_s: float,
-    backlog_bytes: float,
-    encode: float,
-    floor_s: float,
-    chunks: int,
-) -> None:
-    """What the selection reckons with is bit by bit what `predict` says in all."""
-    link = Link(bytes_per_s=bytes_per_s, backlog_bytes=backlog_bytes, rtt_s=1e-3)
-    costs = StageCost(floor_s=floor_s, bytes_per_s=encode), StageCost(offset_s=floor_s)
-    whole = predict(
-        native_bytes=native_bytes,
-        ratio=ratio,
-        encode=costs[0],
-        decode=costs[1],
-        link=link,
-        chunks=chunks,
-    )
-    assert total_s(native_bytes, ratio, *costs, link, chunks) == whole.total_s

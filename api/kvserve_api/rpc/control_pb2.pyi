@@ -118,7 +118,7 @@ class StageCost(_message.Message):
     def __init__(self, floor_s: _Optional[float] = ..., offset_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("name", "strategy", "ratio", "loss_upper_bp", "encode", "decode", "bundle")
+    __slots__ = ("name", "strategy", "ratio", "loss_upper_bp", "encode", "decode", "bundle", "encode_doubt", "decode_doubt", "wire_doubt")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,9 @@ class Candidate(_message.Message):
     ENCODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_DOUBT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_DOUBT_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DOUBT_FIELD_NUMBER: _ClassVar[int]
     name: str
     strategy: bytes
     ratio: float
@@ -133,20 +136,34 @@ class Candidate(_message.Message):
     encode: StageCost
     decode: StageCost
     bundle: str
-    def __init__(self, name: _Optional[str] = ..., strategy: _Optional[bytes] = ..., ratio: _Optional[float] = ..., loss_upper_bp: _Optional[float] = ..., encode: _Optional[_Union[StageCost, _Mapping]] = ..., decode: _Optional[_Union[StageCost, _Mapping]] = ..., bundle: _Optional[str] = ...) -> None: ...
+    encode_doubt: float
+    decode_doubt: float
+    wire_doubt: float
+    def __init__(self, name: _Optional[str] = ..., strategy: _Optional[bytes] = ..., ratio: _Optional[float] = ..., loss_upper_bp: _Optional[float] = ..., encode: _Optional[_Union[StageCost, _Mapping]] = ..., decode: _Optional[_Union[StageCost, _Mapping]] = ..., bundle: _Optional[str] = ..., encode_doubt: _Optional[float] = ..., decode_doubt: _Optional[float] = ..., wire_doubt: _Optional[float] = ...) -> None: ...
 
 class ClassRule(_message.Message):
-    __slots__ = ("goal", "candidates", "deadline_s")
+    __slots__ = ("goal", "candidates", "deadline_s", "margins", "explore_share")
+    class MarginsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     GOAL_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    MARGINS_FIELD_NUMBER: _ClassVar[int]
+    EXPLORE_SHARE_FIELD_NUMBER: _ClassVar[int]
     goal: str
     candidates: _containers.RepeatedScalarFieldContainer[str]
     deadline_s: float
-    def __init__(self, goal: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    margins: _containers.ScalarMap[str, float]
+    explore_share: float
+    def __init__(self, goal: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., deadline_s: _Optional[float] = ..., margins: _Optional[_Mapping[str, float]] = ..., explore_share: _Optional[float] = ...) -> None: ...
 
 class DecisionTable(_message.Message):
-    __slots__ = ("policy", "mode", "candidates", "rules", "pinned", "fallback", "ttl_s", "on_controller_loss", "prior_bytes_per_s")
+    __slots__ = ("policy", "mode", "candidates", "rules", "pinned", "fallback", "ttl_s", "on_controller_loss", "prior_bytes_per_s", "hysteresis")
     class RulesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +180,7 @@ class DecisionTable(_message.Message):
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     ON_CONTROLLER_LOSS_FIELD_NUMBER: _ClassVar[int]
     PRIOR_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    HYSTERESIS_FIELD_NUMBER: _ClassVar[int]
     policy: str
     mode: str
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
@@ -172,7 +190,8 @@ class DecisionTable(_message.Message):
     ttl_s: float
     on_controller_loss: str
     prior_bytes_per_s: float
-    def __init__(self, policy: _Optional[str] = ..., mode: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., rules: _Optional[_Mapping[str, ClassRule]] = ..., pinned: _Optional[str] = ..., fallback: _Optional[str] = ..., ttl_s: _Optional[float] = ..., on_controller_loss: _Optional[str] = ..., prior_bytes_per_s: _Optional[float] = ...) -> None: ...
+    hysteresis: float
+    def __init__(self, policy: _Optional[str] = ..., mode: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., rules: _Optional[_Mapping[str, ClassRule]] = ..., pinned: _Optional[str] = ..., fallback: _Optional[str] = ..., ttl_s: _Optional[float] = ..., on_controller_loss: _Optional[str] = ..., prior_bytes_per_s: _Optional[float] = ..., hysteresis: _Optional[float] = ...) -> None: ...
 
 class TransferReport(_message.Message):
     __slots__ = ("workload", "profile", "wanted", "bound", "version", "producer", "native_bytes", "wire_bytes", "encode_s", "wire_s", "decode_s", "total_s", "predicted_s", "model_s", "goodput_bytes_per_s", "failure")

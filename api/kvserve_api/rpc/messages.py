@@ -13,7 +13,14 @@ from kvserve_api.latency import StageCost
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.strategy import MAX_JSON_BYTES, StrategyConfig
-from kvserve_api.table import Candidate, ClassRule, DecisionTable, OnControllerLoss, Version
+from kvserve_api.table import (
+    Candidate,
+    ClassRule,
+    DecisionTable,
+    Doubt,
+    OnControllerLoss,
+    Version,
+)
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -46,6 +53,7 @@ def push_from_table(table: DecisionTable, nonce: str) -> pb.Push:
             ttl_s=table.ttl_s,
             on_controller_loss=table.on_controller_loss.value,
             prior_bytes_per_s=table.prior_bytes_per_s,
+            hysteresis=table.hysteresis,
         ),
     )
 
@@ -70,6 +78,7 @@ def table_from_push(push: pb.Push) -> DecisionTable:
             OnControllerLoss, message.on_controller_loss, "on_controller_loss"
         ),
         prior_bytes_per_s=message.prior_bytes_per_s,
+        hysteresis=message.hysteresis,
     )
 
 
@@ -82,6 +91,9 @@ def _candidate_to_message(candidate: Candidate) -> pb.Candidate:
         encode=_cost_to_message(candidate.encode),
         decode=_cost_to_message(candidate.decode),
         bundle=candidate.bundle or "",
+        encode_doubt=candidate.doubt.encode,
+        decode_doubt=candidate.doubt.decode,
+        wire_doubt=candidate.doubt.wire,
     )
 
 
@@ -105,6 +117,9 @@ def _candidate_from_message(message: pb.Candidate) -> Candidate:
         encode=_cost_from_message(message.encode),
         decode=_cost_from_message(message.decode),
         bundle=message.bundle or None,
+        doubt=Doubt(
+            encode=message.encode_doubt, decode=message.decode_doubt, wire=message.wire_doubt
+        ),
     )
 
 
@@ -129,6 +144,8 @@ def _rule_to_message(rule: ClassRule) -> pb.ClassRule:
         goal=rule.goal.value,
         candidates=rule.candidates,
         deadline_s=0.0 if math.isinf(rule.deadline_s) else rule.deadline_s,
+        margins=dict(rule.margins),
+        explore_share=rule.explore_share,
     )
 
 
@@ -137,6 +154,8 @@ def _rule_from_message(message: pb.ClassRule) -> ClassRule:
         goal=_enum(Goal, message.goal, "rules.goal"),
         candidates=tuple(message.candidates),
         deadline_s=message.deadline_s or math.inf,
+        margins=dict(message.margins),
+        explore_share=message.explore_share,
     )
 
 
