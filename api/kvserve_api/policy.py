@@ -245,6 +245,7 @@ class Control:
         fallback: The profile when nothing else applies.
         on_controller_loss: ``HoldLastGood`` or ``Revert`` (to the fallback).
         lease_s: How long a table holds without news from the controller, in seconds.
+        exploration_bp: Most transfers that may try a profile which could be better than is known, in basis points.
     """
 
     mode: Mode = Mode.ACTIVE
@@ -252,10 +253,12 @@ class Control:
     fallback: str = NONE
     on_controller_loss: str = "HoldLastGood"
     lease_s: int = 60
+    exploration_bp: int = 200
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
         """Read the control section."""
+        exploration = fields.child("exploration", {})
         failsafe = fields.child("failsafe", {})
         control = cls(
             mode=Mode(fields.string("mode", Mode.ACTIVE.value, choices=list(Mode))),
@@ -265,9 +268,11 @@ class Control:
                 "onControllerLoss", "HoldLastGood", choices=["HoldLastGood", "Revert"]
             ),
             lease_s=failsafe.integer("leaseSeconds", 60, minimum=5, maximum=86_400),
+            exploration_bp=exploration.integer("maxBasisPoints", 200, minimum=0, maximum=5000),
         )
         if (control.mode == Mode.PINNED) != (control.pinned is not None):
             raise fields.fail("pinnedProfile", "must be set if and only if mode is Pinned")
+        exploration.done()
         failsafe.done()
         fields.done()
         return control

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from kvserve_api.errors import ArtifactError, PolicyError
-from kvserve_api.policy import Metric, Objective, Policy
+from kvserve_api.latency import Link
+from kvserve_api.policy import Metric, Mode, Objective, Policy
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
 from kvserve_api.table import (
     MAX_CANDIDATES,
@@ -16,6 +17,7 @@ from kvserve_api.table import (
     OnControllerLoss,
     Version,
 )
+from kvserve_controller.forecast import PRIOR_SPREAD, Spread, margin
 from kvserve_controller.learn import UNCORRECTED, Correction
 
 UNKNOWN_MODEL_SHARE: Final = 0.5
@@ -23,7 +25,9 @@ UNKNOWN_MODEL_SHARE: Final = 0.5
 LEAST_TRANSFER_SHARE: Final = 0.05
 """Share of such a threshold that is left to the transfer even if the model alone uses it up."""
 REFERENCE_BYTES: Final = 64 << 20
-"""Native bytes at which codec times are compared when candidates are spread."""
+"""Native bytes at which codec times are compared when candidates are spread, and of a transfer before any was seen."""
+HYSTERESIS: Final = 0.03
+"""By what share another profile must be better than the one in use: less is noise, more would cost what it saves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +38,18 @@ class Learned:
         corrections: Multiplicative corrections by profile name.
         model_s: Observed percentiles of the model's own time before a transfer, in seconds, by workload class and
             percentile; what is missing was not observed.
+        spread: Of transfer times about what pods predict of them.
+        at_risk: The workload classes whose objectives are not kept comfortably: they don't explore.
+        native_bytes: Of a usual transfer.
+        bytes_per_s: Goodput of a usual link; 0 if none was seen.
     """
 
     corrections: Mapping[str, Correction]
     model_s: Mapping[tuple[str, int], float]
+    spread: Spread = PRIOR_SPREAD
+    at_risk: frozenset[str] = frozenset()
+    native_bytes: int = REFERENCE_BYTES
+    bytes_per_s: float = 0.0
 
 
 NOTHING_LEARNED: Final = Learned(corrections={}, model_s={})
@@ -68,30 +80,60 @@ def compile_table(
         _check_known("spec.control.pinnedProfile", control.pinned, profiles)
     _check_known("spec.control.failsafe.fallbackProfile", control.fallback, profiles)
     _check_fallback(policy, pareto)
-    rules = {
-        name: ClassRule(
-            goal=workload.slo.goal,
-            candidates=shortlist(feasible(pareto.profiles(name), workload.max_loss_bp)),
-            deadline_s=deadline_s(name, workload.slo.objectives, learned.model_s),
-        )
+    names = {
+        name: shortlist(feasible(pareto.profiles(name), workload.max_loss_bp))
         for name, workload in sorted(policy.classes.items())
     }
-    used = {NONE, control.fallback} | {name for rule in rules.values() for name in rule.candidates}
+    used = {NONE, control.fallback} | {each for chosen in names.values() for each in chosen}
     used |= {control.pinned} if control.pinned is not None else set()
+    candidates = {
+        name: correct(profiles[name], learned.corrections.get(name, UNCORRECTED))
+        for name in sorted(used)
+    }
+    link = Link(bytes_per_s=learned.bytes_per_s or prior_bytes_per_s)
+    rules = {
+        name: _rule(policy, name, [candidates[each] for each in chosen], learned, link)
+        for name, chosen in names.items()
+    }
     return DecisionTable(
         version=version,
         policy=policy.key,
         mode=control.mode,
-        candidates={
-            name: correct(profiles[name], learned.corrections.get(name, UNCORRECTED))
-            for name in sorted(used)
-        },
+        candidates=candidates,
         rules=rules,
         pinned=control.pinned,
         fallback=control.fallback,
         ttl_s=float(control.lease_s),
         on_controller_loss=OnControllerLoss(control.on_controller_loss),
         prior_bytes_per_s=prior_bytes_per_s,
+        hysteresis=HYSTERESIS,
+    )
+
+
+def _rule(
+    policy: Policy, name: str, candidates: list[Candidate], learned: Learned, link: Link
+) -> ClassRule:
+    """Return how a workload class chooses among its candidates."""
+    slo = policy.classes[name].slo
+    thresholds_s = [allowed_s(name, objective, learned.model_s) for objective in slo.objectives]
+    margins = {
+        candidate.name: margin(
+            candidate,
+            slo.objectives,
+            thresholds_s,
+            spread=learned.spread,
+            native_bytes=learned.native_bytes,
+            link=link,
+        )
+        for candidate in candidates
+    }
+    explores = policy.control.mode is Mode.ACTIVE and name not in learned.at_risk
+    return ClassRule(
+        goal=slo.goal,
+        candidates=tuple(candidate.name for candidate in candidates),
+        deadline_s=min(thresholds_s, default=math.inf),
+        margins=margins if thresholds_s else {},
+        explore_share=policy.control.exploration_bp / 10_000 if explores else 0.0,
     )
 
 
@@ -148,26 +190,19 @@ def shortlist(profiles: Iterable[Profile], limit: int = MAX_CANDIDATES) -> tuple
     return tuple(profile.name for profile in pool)
 
 
-def deadline_s(
-    workload_class: str,
-    objectives: Iterable[Objective],
-    model_s: Mapping[tuple[str, int], float],
+def allowed_s(
+    workload_class: str, objective: Objective, model_s: Mapping[tuple[str, int], float]
 ) -> float:
-    """Return the most seconds a transfer may take to keep all objectives; infinity without any.
+    """Return the most seconds a transfer may take to keep an objective.
 
     A time-to-first-token objective leaves a transfer what the model doesn't use: the threshold less the same
     percentile of the model's observed time, or a conservative share of the threshold before any was observed.
     """
-    deadline = math.inf
-    for objective in objectives:
-        threshold_s = objective.threshold_ms / 1000
-        if objective.metric is Metric.TIME_TO_FIRST_TOKEN:
-            used_s = model_s.get(
-                (workload_class, objective.percentile), UNKNOWN_MODEL_SHARE * threshold_s
-            )
-            threshold_s = max(threshold_s - used_s, LEAST_TRANSFER_SHARE * threshold_s)
-        deadline = min(deadline, threshold_s)
-    return deadline
+    threshold_s = objective.threshold_ms / 1000
+    if objective.metric is not Metric.TIME_TO_FIRST_TOKEN:
+        return threshold_s
+    used_s = model_s.get((workload_class, objective.percentile), UNKNOWN_MODEL_SHARE * threshold_s)
+    return max(threshold_s - used_s, LEAST_TRANSFER_SHARE * threshold_s)
 
 
 def correct(profile: Profile, correction: Correction) -> Candidate:
@@ -180,6 +215,7 @@ def correct(profile: Profile, correction: Correction) -> Candidate:
         encode=correction.scale(profile.encode, correction.encode),
         decode=correction.scale(profile.decode, correction.decode),
         bundle=profile.bundle,
+        doubt=correction.doubt,
     )
 
 

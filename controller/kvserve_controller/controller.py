@@ -10,6 +10,7 @@ from opentelemetry import trace
 from kvserve_api import telemetry
 from kvserve_api.table import Version
 from kvserve_controller.activity import Cause
+from kvserve_controller.learn import STAGES
 from kvserve_controller.metrics import Metrics
 from kvserve_controller.program import Instant, Program
 from kvserve_controller.push import ACK_TIMEOUT_S, Hub, Outcome
@@ -96,11 +97,11 @@ class Controller:
         """
         self._versions.raise_above(version)
 
-    def reports(self, policy: str, messages: Sequence[Any]) -> None:
+    def reports(self, policy: str, pod: str, messages: Sequence[Any]) -> None:
         """Take up the ``TransferReport`` messages of one of a policy's pods."""
         _, program = self._programs.get(policy, ("", None))
         if program is not None:
-            for outcome, count in program.observe(messages, self._now()).items():
+            for outcome, count in program.observe(messages, self._now(), pod).items():
                 self._metrics.reports(policy, outcome, count)
 
     def tick(self) -> None:
@@ -173,13 +174,21 @@ def _inputs(program: Program) -> dict[str, Any]:
                 "goal": rule.goal.value,
                 "candidates": list(rule.candidates),
                 "deadline_s": rule.deadline_s if rule.deadline_s < math.inf else None,
+                "margins": dict(rule.margins),
+                "explore_share": rule.explore_share,
             }
             for name, rule in table.rules.items()
         },
         "corrections": {
-            name: {"encode": c.encode, "decode": c.decode, "wire": c.wire}
+            name: {
+                stage: {"factor": getattr(c, stage), "doubt": getattr(c.doubt, stage)}
+                for stage in STAGES
+            }
             for name, c in program.learned.corrections.items()
+            if name in table.candidates
         },
+        "spread": {"bias": program.learned.spread.bias, "sd": program.learned.spread.sd},
+        "at_risk": sorted(program.learned.at_risk),
         "model_s": {
             f"{name}/p{percentile}": seen_s
             for (name, percentile), seen_s in program.learned.model_s.items()

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,7 +14,8 @@ from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES, push_from_table
 from kvserve_api.selection import select
 from kvserve_api.table import DecisionTable, Version
 from kvserve_controller.activity import Activity, Cause
-from kvserve_controller.compile import Learned, compile_table, merge_classes
+from kvserve_controller.compile import REFERENCE_BYTES, Learned, compile_table, merge_classes
+from kvserve_controller.forecast import Forecast
 from kvserve_controller.learn import Learner, distance
 from kvserve_controller.report import MAX_REPORTS, Report, ReportError
 from kvserve_controller.source import Entry
@@ -24,8 +25,8 @@ RELEARN_INTERVAL_S: Final = 5.0
 """Least seconds between two tables that differ only by what was learned."""
 RELEARN_CHANGE: Final = 0.1
 """Least relative change of a correction or deadline that is worth a new table."""
-TYPICAL_BYTES: Final = 64 << 20
-"""Native bytes of a transfer to predict with before any was seen."""
+COMFORT: Final = 0.9
+"""An objective above this share of its threshold is at risk: its class tries nothing out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Program:
         self.activity = Activity()
         self._profiles: Mapping[str, Profile] = {}
         self._learner = Learner()
+        self._forecast = Forecast()
         self._prior_bytes_per_s = prior_bytes_per_s
         self._next_version = next_version
         self._compiled_s = -math.inf
@@ -108,10 +110,16 @@ class Program:
         if new_pareto:
             self.pareto = pareto
             self._learner = Learner()
+            self._forecast = Forecast()
         return self._compile(Cause.STARTED if self.table is None else cause, now)
 
-    def observe(self, messages: Sequence[Any], now: Instant) -> Counter[str]:
+    def observe(self, messages: Sequence[Any], now: Instant, consumer: str = "") -> Counter[str]:
         """Take up the ``TransferReport`` messages of a pod.
+
+        Args:
+            messages: What it reported.
+            now: The time.
+            consumer: The pod.
 
         Returns:
             How many were learned from (``Learned``) and how many were not, by reason.
@@ -121,7 +129,7 @@ class Program:
             outcomes["TooMany"] = len(messages) - MAX_REPORTS
         for message in messages[:MAX_REPORTS]:
             try:
-                self._observe(Report.read(message), now)
+                self._observe(Report.read(message), now, consumer)
             except ReportError as error:
                 outcomes[error.reason] += 1
             else:
@@ -151,15 +159,16 @@ class Program:
         self.table = replace(self.table, version=self._next_version())
         return Cause.REISSUED
 
-    def _observe(self, report: Report, now: Instant) -> None:
+    def _observe(self, report: Report, now: Instant, consumer: str) -> None:
         profile = self._profiles.get(report.profile)
         if profile is None:
             raise ReportError("UnknownProfile", "profile", f"is unknown: {report.profile!r}")
-        self._learner.observe(profile, report)
+        self._learner.observe(profile, report, consumer)
+        self._forecast.add(report.total_s, report.predicted_s)
         self.window.add(report, now.mono_s)
         self.activity.observe_goodput(report.goodput_bytes_per_s)
 
-    def _learned(self, now: Instant) -> Learned:
+    def _learned(self, now: Instant, profiles: Iterable[str]) -> Learned:
         model_s = {}
         for name, workload in self.policy.classes.items() if self.policy else ():
             for objective in workload.slo.objectives:
@@ -170,11 +179,41 @@ class Program:
                     seen_s = self.learned.model_s.get(key) if seen_s is None else seen_s
                     if seen_s is not None:
                         model_s[key] = seen_s
-        return Learned(corrections=self._learner.corrections(), model_s=model_s)
+        return Learned(
+            corrections=self._learner.corrections(profiles),
+            model_s=model_s,
+            spread=self._forecast.spread,
+            at_risk=self._at_risk(now),
+            native_bytes=self.window.native_bytes() or REFERENCE_BYTES,
+            bytes_per_s=self.window.goodput_bytes_per_s(now.mono_s) or 0.0,
+        )
+
+    def _at_risk(self, now: Instant) -> frozenset[str]:
+        """Return the workload classes with an objective that is broken, or nearly."""
+        return frozenset(
+            name
+            for name, workload in (self.policy.classes.items() if self.policy else ())
+            for objective in workload.slo.objectives
+            if (
+                self.window.percentile_s(name, objective.metric, objective.percentile, now.mono_s)
+                or 0.0
+            )
+            * 1000
+            > COMFORT * objective.threshold_ms
+        )
 
     def _moved(self, now: Instant) -> bool:
-        new = self._learned(now)
+        new = self._learned(now, self._profiles)
         if distance(self.learned.corrections, new.corrections) > RELEARN_CHANGE:
+            return True
+        if new.at_risk != self.learned.at_risk:
+            return True
+        asked = (
+            any(w.slo.objectives for w in self.policy.classes.values()) if self.policy else False
+        )
+        old, spread = self.learned.spread, new.spread
+        # what a percentile adds to the mean moves with both
+        if asked and abs(spread.bias - old.bias) + 2 * abs(spread.sd - old.sd) > RELEARN_CHANGE:
             return True
         old_s = self.learned.model_s
         return any(
@@ -186,9 +225,10 @@ class Program:
         """Compile the inputs; an unusable one leaves the table as it is and says why."""
         if self.policy is None or self.pareto is None:
             return None
-        learned = self._learned(now)
         self._compiled_s = now.mono_s
         try:
+            profiles = merge_classes(self.policy, self.pareto)
+            learned = self._learned(now, profiles)
             table = compile_table(
                 self.policy,
                 self.pareto,
@@ -202,7 +242,7 @@ class Program:
             return None
         self._uncompilable = None
         self.learned = learned
-        self._profiles = merge_classes(self.policy, self.pareto)
+        self._profiles = profiles
         if table == self.table:
             return None
         self.table = replace(table, version=self._next_version())
@@ -215,7 +255,7 @@ class Program:
         expected = select(
             table,
             DEFAULT_CLASS,
-            native_bytes=self.window.native_bytes() or TYPICAL_BYTES,
+            native_bytes=self.window.native_bytes() or REFERENCE_BYTES,
             link=Link(bytes_per_s=goodput),
         )
         self.activity.update(

@@ -16,7 +16,9 @@ MAX_EXPANSION: Final = 16
 HEADER_BYTES: Final = 1 << 16
 MAX_NAME: Final = 63
 
-_TIMES: Final = ("encode_s", "wire_s", "decode_s", "total_s", "model_s")
+MAX_POD: Final = 253
+
+_TIMES: Final = ("encode_s", "wire_s", "decode_s", "total_s", "model_s", "predicted_s")
 
 
 class ReportError(SpecError):
@@ -47,6 +49,8 @@ class Report:
         total_s: Time from the pull to the last decoded chunk.
         model_s: Time from the request's arrival at the producer to the end of its prefill.
         goodput_bytes_per_s: Of the link, after this transfer; 0 if unknown.
+        predicted_s: What the pod expected ``total_s`` to be; 0 where nothing was predicted.
+        producer: The pod that encoded; empty if unknown.
         version: Of the table that decided; None without one.
     """
 
@@ -61,6 +65,8 @@ class Report:
     total_s: float
     model_s: float
     goodput_bytes_per_s: float
+    predicted_s: float = 0.0
+    producer: str = ""
     version: Version | None = None
 
     @classmethod
@@ -84,6 +90,8 @@ class Report:
             raise ReportError("Absurd", "wire_bytes", f"is {message.wire_bytes}")
         if max(len(message.workload), len(message.profile), len(message.wanted)) > MAX_NAME:
             raise ReportError("Absurd", "profile", "has a name that no profile can have")
+        if len(message.producer) > MAX_POD:
+            raise ReportError("Absurd", "producer", "has a name that no pod can have")
         return cls(
             workload=message.workload,
             profile=message.profile,
@@ -96,6 +104,8 @@ class Report:
             total_s=message.total_s,
             model_s=message.model_s,
             goodput_bytes_per_s=message.goodput_bytes_per_s,
+            predicted_s=message.predicted_s,
+            producer=message.producer,
             version=(
                 Version(epoch=message.version.epoch, counter=message.version.counter)
                 if message.HasField("version")

@@ -39,7 +39,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         hub: Hub,
         *,
         on_hello: Callable[[Version], None],
-        on_reports: Callable[[str, Sequence[Any]], None],
+        on_reports: Callable[[str, str, Sequence[Any]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the service.
@@ -47,7 +47,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         Args:
             hub: Decides who is sent what.
             on_hello: Called with the version a pod holds; raises SpecError for one that can't be.
-            on_reports: Called with a policy and the ``TransferReport`` messages of one of its pods.
+            on_reports: Called with a policy, one of its pods and the pod's ``TransferReport`` messages.
             clock: Monotonic seconds.
         """
         self._hub = hub
@@ -111,7 +111,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     )
                     self._hub.answer(session, nack.nonce, (nack.reason, nack.detail))
                 case "reports" if session.policy is not None:
-                    self._on_reports(session.policy, message.reports.reports)
+                    self._on_reports(session.policy, session.pod.name, message.reports.reports)
                 case _:
                     log.debug("message ignored", extra={"pod": session.pod.key})
 

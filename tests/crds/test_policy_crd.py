@@ -51,6 +51,7 @@ FULL: dict[str, Any] = {
     "control": {
         "mode": "Pinned",
         "pinnedProfile": "int8",
+        "exploration": {"maxBasisPoints": 50},
         "failsafe": {"fallbackProfile": "int8", "onControllerLoss": "Revert", "leaseSeconds": 9},
     },
 }
@@ -86,6 +87,7 @@ def test_defaults_are_the_same(api: Api, spec: dict[str, Any]) -> None:
     ours, theirs = Policy.from_object(sent), Policy.from_object(stored)
     assert theirs == ours
     assert stored["spec"]["control"]["failsafe"]["leaseSeconds"] == ours.control.lease_s
+    assert stored["spec"]["control"]["exploration"]["maxBasisPoints"] == ours.control.exploration_bp
     assert stored["spec"]["profiling"]["budget"]["maxTrials"] == ours.profiling.max_trials
 
 
@@ -138,6 +140,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("trials", {"profiling": {"budget": {"maxTrials": 3}}}, "spec.profiling.budget.maxTrials"),
     ("deadline", {"profiling": {"budget": {"activeDeadlineSeconds": 59}}}, "activeDeadlineSeconds"),
     ("lease", {"control": {"failsafe": {"leaseSeconds": 4}}}, "leaseSeconds"),
+    ("explore", {"control": {"exploration": {"maxBasisPoints": 5001}}}, "maxBasisPoints"),
     ("mode", {"control": {"mode": "Auto"}}, "spec.control.mode"),
     ("no-model", {"model": {"name": ""}}, "spec.model.name"),
     ("no-claim", {"model": {"name": "m", "source": {}}}, "spec.model.source.pvc"),
