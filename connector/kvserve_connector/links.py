@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
-from kvserve_api.latency import Link
+from kvserve_api.latency import NO_LOAD, Link
+from kvserve_connector.loads import TINY_S, Arrivals, Coders
 
 SAMPLE_BYTES: Final = 1 << 20
 """Within a transfer, a sample is complete with this many acknowledged bytes, or after `SAMPLE_S` of busy time."""
@@ -125,26 +126,46 @@ class LinkState:
         self._lock = threading.Lock()
         self._bytes_per_s: float | None = None
         self._backlog_bytes = 0.0
+        self._backlog_s = 0.0
         self._rtt_s = 0.0
         self._accounts: dict[socket.socket, TcpProgress] = {}
         self._acked_bytes = 0
         self._burst_bytes = 0
         self._busy_s = 0.0
         self._since_s = now_s()
+        self.arrivals = Arrivals(self._since_s)
 
-    def snapshot(self, prior_bytes_per_s: float) -> Link:
-        """Return what is known now; the prior stands for a goodput that was never measured."""
+    def snapshot(self, prior_bytes_per_s: float, coders: Coders | None = None) -> Link:
+        """Return what is known now.
+
+        Args:
+            prior_bytes_per_s: Stands for a goodput that was never measured.
+            coders: What encodes here, and the consumer is taken to decode with as many threads; without, nothing is
+                said of coders.
+        """
+        time_s = self._now_s()
+        load = self.arrivals.load(time_s)
+        encode_backlog_s, share, encoder_load = 0.0, 1.0, NO_LOAD
+        if coders is not None:
+            encode_backlog_s, share = coders.backlog_s, coders.share
+            encoder_load = coders.arrivals.load(time_s, share)
         with self._lock:
             return Link(
                 bytes_per_s=self._bytes_per_s or prior_bytes_per_s,
-                backlog_bytes=max(0.0, self._backlog_bytes),
+                # what is left of sums and differences is nothing
+                backlog_bytes=self._backlog_bytes if self._backlog_bytes >= 1 else 0.0,
                 rtt_s=self._rtt_s,
+                encode_backlog_s=encode_backlog_s,
+                decode_backlog_s=self._backlog_s * share if self._backlog_s >= TINY_S else 0.0,
+                load=load,
+                encoder_load=encoder_load,
             )
 
-    def queue(self, wire_bytes: float) -> None:
-        """Take note of bytes that were promised (positive) or that left the queue (negative)."""
+    def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:
+        """Take note of bytes, and of the seconds to decode them, that were promised or (negative) are on their way."""
         with self._lock:
             self._backlog_bytes += wire_bytes
+            self._backlog_s += decode_s
 
     def attach(self, connection: socket.socket) -> None:
         """Start to follow a connection that will send on this link."""
@@ -195,10 +216,53 @@ class LinkState:
                 self._since_s = time_s
 
 
-class LinkBook:
-    """The links to all consumers, by address; the least recently used are forgotten."""
+@dataclass(slots=True)
+class Promise:
+    """One transfer's part of what link, coders and consumer are to do; taken back as it is done.
 
-    def __init__(self) -> None:
+    Attributes:
+        link: The link.
+        coders: What encodes.
+        wire_bytes: Expected on the wire.
+        encode_s: Expected of encoding, in seconds of one thread.
+        decode_s: Expected of decoding, in seconds of one thread.
+        left: Share of the transfer that is still to be done.
+    """
+
+    link: "LinkState"
+    coders: Coders
+    wire_bytes: float
+    encode_s: float
+    decode_s: float
+    left: float = 0.0
+
+    def make(self) -> None:
+        """Promise the whole transfer."""
+        self._add(1.0)
+
+    def keep(self, share: float) -> None:
+        """A share of the transfer is done."""
+        self._add(-min(share, self.left))
+
+    def end(self) -> None:
+        """Nothing more is to be done, however the transfer went."""
+        self._add(-self.left)
+
+    def _add(self, share: float) -> None:
+        self.left += share
+        self.link.queue(share * self.wire_bytes, share * self.decode_s)
+        self.coders.promise(share * self.encode_s)
+
+
+class LinkBook:
+    """The links to all consumers, by address; the least recently used are forgotten.
+
+    Attributes:
+        coders: What encodes for all of them.
+    """
+
+    def __init__(self, codec_threads: int = 1) -> None:
+        self.coders = Coders(codec_threads, time.monotonic())
         self._lock = threading.Lock()
         self._links: OrderedDict[str, LinkState] = OrderedDict()
 

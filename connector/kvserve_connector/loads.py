@@ -1,4 +1,4 @@
-"""What a link or a coder was asked for lately, from the arrivals themselves."""
+"""What a link or a coder was asked for lately, from the arrivals themselves, and what it was promised."""
 
 import math
 import threading
@@ -10,6 +10,8 @@ MEMORY_S: Final = 15.0
 """Arrivals count with a weight that falls by a factor e in so many seconds."""
 LEAST_ARRIVALS: Final = 2.0
 """Fewer remembered arrivals than that are no load, only an event."""
+TINY_S: Final = 1e-6
+"""What is left of sums and differences of promises is nothing."""
 
 
 class Arrivals:
@@ -49,3 +51,28 @@ class Arrivals:
             self._count = self._count * fade + 1
             self._bytes = self._bytes * fade + native_bytes
             self._at_s = max(now_s, self._at_s)
+
+
+class Coders:
+    """The threads of one producer that encode: how much was promised of them, and how often they are asked.
+
+    Args:
+        threads: How many code side by side.
+        now_s: When counting begins, on the clock of the other calls.
+    """
+
+    def __init__(self, threads: int, now_s: float) -> None:
+        self.share = 1 / threads
+        self.arrivals = Arrivals(now_s)
+        self._lock = threading.Lock()
+        self._promised_s = 0.0
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until what was promised is encoded."""
+        return self._promised_s * self.share if self._promised_s >= TINY_S else 0.0
+
+    def promise(self, encode_s: float) -> None:
+        """Take note of encoding that was promised (positive) or is done (negative), in seconds of one thread."""
+        with self._lock:
+            self._promised_s += encode_s

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Final
 
 from kvserve_api.errors import StrategyError
-from kvserve_api.latency import Link
-from kvserve_api.profile_set import NONE
+from kvserve_api.latency import Link, StageCost
+from kvserve_api.profile_set import DEFAULT_CLASS, NONE
 from kvserve_api.selection import RAW, Bound, Selection, select
 from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import raw_pipeline
@@ -23,6 +23,11 @@ from kvserve_strategies.bundle import Bundle
 DEFAULT_BYTES_PER_S: Final = 125e6
 """Goodput to assume of an unmeasured link without a table: 1 Gbit/s."""
 MAX_VIEWS: Final = 64
+MAX_INCUMBENTS: Final = 1024
+"""For so many pairs of consumer and workload class it is remembered which profile is in use."""
+SPREAD: Final = (5**0.5 - 1) / 2
+"""Multiples of the golden section, whole parts dropped, are spread evenly however many there are (Weyl 1916)."""
+_FREE: Final = StageCost()
 _NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
 
 
@@ -35,12 +40,16 @@ class Choice:
         pipeline: What codes it.
         ratio: The ratio to expect.
         version: Of the table that decided; None without one.
+        encode: The cost of encoding to expect.
+        decode: The cost of decoding to expect.
     """
 
     selection: Selection
     pipeline: Pipeline
     ratio: float
     version: Version | None
+    encode: StageCost = _FREE
+    decode: StageCost = _FREE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +116,8 @@ class Selector:
         self._now_s = now_s
         self._ready: ReadyTable | None = None
         self._heard_s = 0.0
+        self._turn = 0
+        self._incumbents: dict[tuple[str, str], str] = {}
 
     @property
     def table(self) -> DecisionTable | None:
@@ -149,8 +160,11 @@ class Selector:
         chunks: int,
         stages: frozenset[str],
         bundles: frozenset[str] = frozenset(),
+        peer: str = "",
     ) -> Choice:
         """Choose for one transfer; microseconds, no I/O, no lock.
+
+        Exploring is decided by a counter, so that it takes its share exactly and a choice can be repeated.
 
         Args:
             workload: The request's class.
@@ -159,6 +173,7 @@ class Selector:
             chunks: Into how many chunks the transfer is cut.
             stages: What the consumer can decode.
             bundles: The calibration bundles that it has.
+            peer: Who it is: what is in use is remembered for each.
         """
         ready = self._ready
         if ready is None:
@@ -167,17 +182,34 @@ class Selector:
         late = self._now_s() - self._heard_s > full.ttl_s
         expired = late and full.on_controller_loss == OnControllerLoss.REVERT
         table = ready.decodable(stages, bundles)
+        # two threads that count at once only take the same turn
+        self._turn = turn = self._turn + 1
+        key = (workload if workload in table.rows else DEFAULT_CLASS, peer)
         selection = select(
-            table, workload, native_bytes=native_bytes, link=link, chunks=chunks, expired=expired
+            table,
+            key[0],
+            native_bytes=native_bytes,
+            link=link,
+            chunks=chunks,
+            expired=expired,
+            incumbent=self._incumbents.get(key),
+            ticket=turn * SPREAD % 1.0,
         )
+        if selection.bound != Bound.EXPLORED:
+            if len(self._incumbents) >= MAX_INCUMBENTS and key not in self._incumbents:
+                self._incumbents.clear()
+            self._incumbents[key] = selection.wanted
         if table is not full and selection.profile == NONE:
             selection = _explain(selection, full)
         name = selection.profile
+        candidate = full.candidates[name]
         return Choice(
             selection=selection,
             pipeline=ready.pipelines[name],
-            ratio=full.candidates[name].ratio,
+            ratio=candidate.ratio,
             version=full.version,
+            encode=candidate.encode,
+            decode=candidate.decode,
         )
 
 
@@ -186,7 +218,11 @@ def _restrict(table: DecisionTable, able: set[str]) -> DecisionTable:
     if able.issuperset(table.candidates):
         return table
     rules = {
-        name: replace(rule, candidates=tuple(c for c in rule.candidates if c in able) or (NONE,))
+        name: replace(
+            rule,
+            candidates=tuple(c for c in rule.candidates if c in able) or (NONE,),
+            margins={c: margin for c, margin in rule.margins.items() if c in able},
+        )
         for name, rule in table.rules.items()
     }
     pinned = NONE if table.pinned is not None and table.pinned not in able else table.pinned

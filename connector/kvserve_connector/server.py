@@ -34,7 +34,7 @@ from kvserve_connector.frames import FrameSocket
 from kvserve_connector.handover import Lease
 from kvserve_connector.layout import PagedCache
 from kvserve_connector.leases import SENT, LeaseBook
-from kvserve_connector.links import LinkBook, LinkState
+from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release
 from kvserve_connector.selector import Choice, Selector
@@ -202,7 +202,8 @@ class TransferServer:
         native_bytes = layout.native_bytes(len(pull.tokens))
         chunks = plan(layout, pull.tokens, self._config.chunk_layers)
         link = self._links.link(peer)
-        known = link.snapshot(self._selector.prior_bytes_per_s)
+        coders = self._links.coders
+        known = link.snapshot(self._selector.prior_bytes_per_s, coders)
         choice = self._selector.choose(
             lease.workload,
             native_bytes=native_bytes,
@@ -210,19 +211,28 @@ class TransferServer:
             chunks=len(chunks),
             stages=pull.stages,
             bundles=pull.bundles,
+            peer=peer,
         )
+        for arrivals in (link.arrivals, coders.arrivals):
+            arrivals.add(time.monotonic(), native_bytes)
         if choice.pipeline.layer_step > 1:
             multiple = choice.pipeline.layer_step
             chunks = plan(layout, pull.tokens, self._config.chunk_layers, layer_multiple=multiple)
         self._metrics.selected(choice.selection)
-        promised = native_bytes / choice.ratio
-        link.queue(promised)
+        promise = Promise(
+            link=link,
+            coders=coders,
+            wire_bytes=native_bytes / choice.ratio,
+            encode_s=choice.encode.seconds(native_bytes),
+            decode_s=choice.decode.seconds(native_bytes),
+        )
+        promise.make()
         try:
             link.attach(frames.socket)
-            self._stream(frames, pull, lease, choice, chunks, link)
+            self._stream(frames, pull, lease, choice, chunks, promise)
         finally:
             link.detach(frames.socket)
-            link.queue(-promised)
+            promise.end()
 
     def _stream(
         self,
@@ -231,9 +241,10 @@ class TransferServer:
         lease: Lease,
         choice: Choice,
         chunks: tuple[Chunk, ...],
-        link: LinkState,
+        promise: Promise,
     ) -> None:
         selection = choice.selection
+        link = promise.link
         frames.send(
             Accept(
                 profile=selection.profile,
@@ -254,12 +265,13 @@ class TransferServer:
             for blob, seconds in encoded:
                 frames.send_chunk(blob)
                 link.sample(frames.socket)
+                promise.keep(1 / len(chunks))
                 wire_bytes += len(blob)
                 encode_s += seconds
         finally:
             # waits for chunks that are still being coded: after this nobody reads the lease's blocks
             encoded.close()
-        known = link.snapshot(self._selector.prior_bytes_per_s)
+        known = link.snapshot(self._selector.prior_bytes_per_s, promise.coders)
         frames.send(End(encode_s=encode_s, goodput_bytes_per_s=known.bytes_per_s).pack())
         # what is still on its way may take all the time there is
         frames.set_budget(frames.left_s, patient=True)

@@ -101,7 +101,7 @@ class WorkerHalf:
                     cache,
                     self._leases,
                     self._selector,
-                    LinkBook(),
+                    LinkBook(self._config.codec_threads),
                     self._coders,
                     self._metrics,
                     self._bundles,

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from kvserve_connector.links import (
     MAX_LINKS,
     LinkBook,
     LinkState,
+    Promise,
     TcpProgress,
     blend,
 )
@@ -79,6 +81,44 @@ def test_backlog_adds_up_and_empties() -> None:
     link.queue(-2 * MB)
     assert link.snapshot(PRIOR).backlog_bytes == 0
     assert link.snapshot(PRIOR).bytes_per_s == PRIOR
+
+
+def test_promise_is_kept_chunk_by_chunk() -> None:
+    """A transfer stands ahead of the next with what is not done of it, on the link, the coders and the consumer."""
+    book = LinkBook(codec_threads=2)
+    link = book.link("10.0.0.1")
+    first, second = (
+        Promise(link=link, coders=book.coders, wire_bytes=6 * MB, encode_s=1.5, decode_s=3.0)
+        for _ in range(2)
+    )
+    first.make()
+    second.make()
+    first.keep(1 / 3)
+    known = link.snapshot(PRIOR, book.coders)
+    assert known.backlog_bytes == pytest.approx(10 * MB)
+    # two threads share the seconds of coding
+    assert known.encode_backlog_s == pytest.approx(1.25)
+    assert known.decode_backlog_s == pytest.approx(2.5)
+    for _ in range(5):
+        first.keep(1 / 3)
+    second.end()
+    first.end()
+    idle = link.snapshot(PRIOR, book.coders)
+    assert (idle.backlog_bytes, idle.encode_backlog_s, idle.decode_backlog_s) == (0, 0, 0)
+
+
+def test_arrivals_of_all_links_load_the_coders() -> None:
+    """What each of two links is asked for loads it alone, and both load the coders, which share it."""
+    book = LinkBook(codec_threads=2)
+    links = [book.link(peer) for peer in ("10.0.0.1", "10.0.0.2")]
+    for _ in range(20):
+        for link in links:
+            for arrivals in (link.arrivals, book.coders.arrivals):
+                arrivals.add(time.monotonic(), 1000)
+    known = links[0].snapshot(PRIOR, book.coders)
+    assert known.load.arrivals_per_s > 1.2
+    assert known.encoder_load.arrivals_per_s == pytest.approx(known.load.arrivals_per_s, rel=0.05)
+    assert links[0].snapshot(PRIOR).encoder_load.arrivals_per_s == 0
 
 
 def test_links_are_bounded_and_kept_apart() -> None:

@@ -1,5 +1,6 @@
 """The table in force, and what it chooses."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ import pytest
 from kv_loopback import ENGINE, LAYOUT
 from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link
-from kvserve_api.policy import Mode
-from kvserve_api.selection import Bound
+from kvserve_api.policy import Goal, Mode
+from kvserve_api.selection import Bound, Selection
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
-from kvserve_api.table import DecisionTable, OnControllerLoss, Version
+from kvserve_api.table import ClassRule, DecisionTable, Doubt, OnControllerLoss, Version
 from kvserve_connector.coding import known_stages, raw_pipeline
 from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, ReadyTable, Selector
 from random_bundles import joint_strategy, write_sample
@@ -158,3 +159,63 @@ def test_consumer_without_the_bundle_gets_what_it_can_decode(tmp_path: Path) -> 
     choice = chosen("sha256:" + "1" * 64, bundle.digest)
     assert choice.selection.profile == "int4-token"
     assert choice.pipeline.bundle is bundle
+
+
+def test_explores_its_share() -> None:
+    """Of a thousand transfers two in a hundred try what could be better, evenly spread, and repeatably."""
+    rule = ClassRule(
+        goal=Goal.MINIMIZE_LATENCY, candidates=("none", "int8-token"), explore_share=0.02
+    )
+    unsure = table(
+        "none",
+        "int8-token",
+        rules={"default": rule},
+        candidates={
+            "none": candidate("none"),
+            "int8-token": candidate("int8-token", doubt=Doubt(encode=0.7, decode=0.7)),
+        },
+    )
+    link = Link(bytes_per_s=1e9)
+    tries = []
+    for _ in range(2):
+        selector = in_force(unsure)
+        tries.append([choose(selector, link).selection for _ in range(1000)])
+    assert tries[0] == tries[1]
+    turns = [n for n, each in enumerate(tries[0]) if each.bound is Bound.EXPLORED]
+    assert 19 <= len(turns) <= 21
+    assert max(b - a for a, b in pairwise(turns)) < 100
+    assert {each.profile for each in tries[0] if each.bound is not Bound.EXPLORED} == {"none"}
+
+
+def test_what_is_in_use_is_kept_for_each_consumer() -> None:
+    """A profile stays in use for the consumer it is in use for; what was explored does not come into use."""
+    sticky = table("none", "int8-token", hysteresis=0.2)
+    selector = in_force(sticky)
+    slow, near = Link(bytes_per_s=1e8), Link(bytes_per_s=2.8e8)
+
+    def chosen(peer: str, link: Link) -> Selection:
+        return selector.choose(
+            "default",
+            native_bytes=10_000_000,
+            link=link,
+            chunks=1,
+            stages=known_stages(),
+            peer=peer,
+        ).selection
+
+    assert chosen("a", slow).profile == "int8-token"
+    assert (chosen("a", near).profile, chosen("a", near).bound) == ("int8-token", Bound.KEPT)
+    assert (chosen("b", near).profile, chosen("b", near).bound) == ("none", Bound.GOAL)
+
+
+def test_margins_follow_the_candidates_of_a_consumer() -> None:
+    """A consumer that can't decode a candidate with a margin has a table without both."""
+    raw_only = frozenset(raw_pipeline().stage_ids)
+    rule = ClassRule(
+        goal=Goal.MINIMIZE_LATENCY,
+        candidates=("none", "int8-token"),
+        deadline_s=1.0,
+        margins={"int8-token": 1.5, "none": 1.1},
+    )
+    ready = ReadyTable.of(table(rules={"default": rule}))
+    assert ready.decodable(raw_only, frozenset()).rules["default"].margins == {"none": 1.1}
