@@ -98,6 +98,7 @@ class Link:
         decode_backlog_s: Seconds of decoding that the producer has sent this consumer ahead of it.
         load: What the link was asked for lately.
         encoder_load: What the producer's coder was asked for lately, over all its links.
+        encode_factor: By how much the producer encodes slower now than its table says.
     """
 
     bytes_per_s: float
@@ -107,6 +108,7 @@ class Link:
     decode_backlog_s: float = 0.0
     load: Load = NO_LOAD
     encoder_load: Load = NO_LOAD
+    encode_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.bytes_per_s < math.inf:
@@ -116,6 +118,8 @@ class Link:
             raise SpecError("backlog_bytes", f"must not be negative, got {self.backlog_bytes}")
         if not 0 <= self.rtt_s < math.inf:
             raise SpecError("rtt_s", f"must not be negative, got {self.rtt_s}")
+        if not 0 < self.encode_factor < math.inf:
+            raise SpecError("encode_factor", f"must be positive, got {self.encode_factor}")
         if not 0 <= self.encode_backlog_s < math.inf:
             raise SpecError(
                 "encode_backlog_s", f"must not be negative, got {self.encode_backlog_s}"
@@ -192,7 +196,7 @@ def predict(
     chunks: int = 1,
 ) -> Prediction:
     """Predict one transfer; see the module's docstring for the formula."""
-    encode_s = encode.seconds(native_bytes)
+    encode_s = encode.seconds(native_bytes) * link.encode_factor
     decode_s = decode.seconds(native_bytes)
     wire_s = native_bytes / ratio / link.bytes_per_s
     queue_s = link.backlog_bytes / link.bytes_per_s

@@ -245,7 +245,7 @@ class Control:
         fallback: The profile when nothing else applies.
         on_controller_loss: ``HoldLastGood`` or ``Revert`` (to the fallback).
         lease_s: How long a table holds without news from the controller, in seconds.
-        exploration_bp: Most transfers that may try a profile which could be better than is known, in basis points.
+        exploration_bp: What trying out profiles may be expected to cost, in basis points of the transfers' time.
     """
 
     mode: Mode = Mode.ACTIVE

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from kvserve_api.latency import Link, StageCost, predict
+from kvserve_api.latency import Link, Prediction, StageCost, predict
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE
 from kvserve_api.table import Candidate, ClassRule, DecisionTable, Row
@@ -18,8 +18,6 @@ MOST_UTILISATION: Final = 0.95
 """A candidate that would keep a stage busy for more than this share of the time lets its queue grow without end."""
 HOPE: Final = 1.0
 """An explored candidate is judged by costs this many standard deviations better than believed."""
-MOST_REGRET: Final = 2.0
-"""A candidate that is believed to take more than so many times as long as the best is not worth a try."""
 
 
 class Bound(StrEnum):
@@ -46,12 +44,14 @@ class Selection:
         wanted: The name the policy would use if it acted; differs from ``profile`` in mode Shadow only.
         bound: What decided.
         predicted_s: The predicted time of ``wanted``, in seconds; 0 where nothing was predicted.
+        extra_s: What trying it out is expected to cost beyond the best, in seconds.
     """
 
     profile: str
     wanted: str
     bound: Bound
     predicted_s: float = 0.0
+    extra_s: float = 0.0
 
 
 RAW: Final = Selection(profile=NONE, wanted=NONE, bound=Bound.NO_TABLE)
@@ -77,7 +77,7 @@ def select(
     expired: bool = False,
     decodable: frozenset[str] | None = None,
     incumbent: str | None = None,
-    ticket: float = 1.0,
+    allowance_s: float = 0.0,
 ) -> Selection:
     """Choose a profile for one transfer.
 
@@ -95,7 +95,7 @@ def select(
         expired: The table's time to live has passed and the table says to revert then.
         decodable: Digests of the strategies that the consumer can decode; None if all.
         incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis.
-        ticket: Below the rule's share, the transfer may explore; within 0 to 1, evenly spread over transfers.
+        allowance_s: What trying out another candidate may be expected to cost now, in seconds; 0 tries nothing.
     """
     if table.mode == Mode.OFF:
         return _OFF
@@ -119,6 +119,7 @@ def select(
     wire_wait_s = link.backlog_bytes / bytes_per_s
     decode_wait_s = link.decode_backlog_s
     rtt_s = link.rtt_s
+    encode_factor = link.encode_factor
     more = chunks - 1
     deadline_s = rule.deadline_s
     limit_s = deadline_s
@@ -136,6 +137,7 @@ def select(
         encode_s = offset_e + native_bytes / speed_e
         if encode_s < floor_e:
             encode_s = floor_e
+        encode_s *= encode_factor
         decode_s = offset_d + native_bytes / speed_d
         if decode_s < floor_d:
             decode_s = floor_d
@@ -198,8 +200,10 @@ def select(
         best_name, best_s, bound = incumbent, own_s, Bound.KEPT
     if table.mode == Mode.SHADOW:
         return Selection(profile=NONE, wanted=best_name, bound=bound, predicted_s=best_s)
-    if ticket < rule.explore_share and best_level == FITS:
-        tried = _explore(table, rule, rows, best_name, best_s, native_bytes, link, chunks)
+    if allowance_s > 0 and rule.explore_share > 0 and best_level == FITS:
+        tried = _explore(
+            table, rule, rows, best_name, native_bytes, link, chunks, allowance_s=allowance_s
+        )
         if tried is not None:
             return tried
     return Selection(profile=best_name, wanted=best_name, bound=bound, predicted_s=best_s)
@@ -210,42 +214,50 @@ def _explore(
     rule: ClassRule,
     rows: tuple[Row, ...],
     best: str,
-    best_s: float,
     native_bytes: int,
     link: Link,
     chunks: int,
+    *,
+    allowance_s: float,
 ) -> Selection | None:
-    """Return the candidate that could be best, in place of the one believed to be; None if there is none.
+    """Return the candidate that could be best, in place of the one believed to be; None if there is none to afford.
 
     Optimism in the face of uncertainty (upper confidence bounds, Auer et al. 2002) among the candidates that keep
     every constraint as believed, so that no deadline is staked on hope.
     """
-    chosen: tuple[float, str, float] | None = None
+    chosen: tuple[float, Selection] | None = None
     believed = _merit(table.candidates[best], rule, native_bytes, link, chunks, hope=0.0)
+    usual = _predict(table.candidates[best], native_bytes, link, chunks)
     for row in rows:
         if row.name == best:
             continue
         candidate = table.candidates[row.name]
-        expected = predict(
-            native_bytes=native_bytes,
-            ratio=candidate.ratio,
-            encode=candidate.encode,
-            decode=candidate.decode,
-            link=link,
-            chunks=chunks,
-        )
+        expected = _predict(candidate, native_bytes, link, chunks)
         fits = expected.total_s * row.margin <= rule.deadline_s
-        if not fits or expected.utilisation > MOST_UTILISATION:
-            continue
-        if expected.total_s > MOST_REGRET * best_s:
+        extra_s = expected.total_s + expected.others_s - usual.total_s - usual.others_s
+        if not fits or expected.utilisation > MOST_UTILISATION or extra_s > allowance_s:
             continue
         hoped = _merit(candidate, rule, native_bytes, link, chunks, hope=HOPE)
         if hoped < believed and (chosen is None or hoped < chosen[0]):
-            chosen = (hoped, row.name, expected.total_s)
-    if chosen is None:
-        return None
-    return Selection(
-        profile=chosen[1], wanted=chosen[1], bound=Bound.EXPLORED, predicted_s=chosen[2]
+            tried = Selection(
+                profile=row.name,
+                wanted=row.name,
+                bound=Bound.EXPLORED,
+                predicted_s=expected.total_s,
+                extra_s=max(0.0, extra_s),
+            )
+            chosen = hoped, tried
+    return None if chosen is None else chosen[1]
+
+
+def _predict(candidate: Candidate, native_bytes: int, link: Link, chunks: int) -> Prediction:
+    return predict(
+        native_bytes=native_bytes,
+        ratio=candidate.ratio,
+        encode=candidate.encode,
+        decode=candidate.decode,
+        link=link,
+        chunks=chunks,
     )
 
 

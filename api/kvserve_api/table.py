@@ -122,7 +122,8 @@ class ClassRule:
         deadline_s: Most seconds a transfer may take to keep the SLO; infinity without one.
         margins: By candidate, what its predicted time is multiplied with before it is held against the deadline: so
             much longer it may take at the SLO's percentile. 1 for a candidate that is not named.
-        explore_share: Share of the transfers that may try a candidate that could be better than is known.
+        explore_share: Trying out candidates that could be better than is known may be expected to cost so much of the
+            transfers' time.
     """
 
     goal: Goal

@@ -145,9 +145,9 @@ class LinkState:
         """
         time_s = self._now_s()
         load = self.arrivals.load(time_s)
-        encode_backlog_s, share, encoder_load = 0.0, 1.0, NO_LOAD
+        encode_backlog_s, share, factor, encoder_load = 0.0, 1.0, 1.0, NO_LOAD
         if coders is not None:
-            encode_backlog_s, share = coders.backlog_s, coders.share
+            encode_backlog_s, share, factor = coders.backlog_s, coders.share, coders.factor
             encoder_load = coders.arrivals.load(time_s, share)
         with self._lock:
             return Link(
@@ -159,6 +159,7 @@ class LinkState:
                 decode_backlog_s=self._backlog_s * share if self._backlog_s >= TINY_S else 0.0,
                 load=load,
                 encoder_load=encoder_load,
+                encode_factor=factor,
             )
 
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:

@@ -17,6 +17,7 @@ from kvserve_api.profile_set import DEFAULT_CLASS, NONE
 from kvserve_api.selection import RAW, Bound, Selection, select
 from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import raw_pipeline
+from kvserve_connector.loads import Credit
 from kvserve_strategies import Pipeline
 from kvserve_strategies.bundle import Bundle
 
@@ -25,8 +26,6 @@ DEFAULT_BYTES_PER_S: Final = 125e6
 MAX_VIEWS: Final = 64
 MAX_INCUMBENTS: Final = 1024
 """For so many pairs of consumer and workload class it is remembered which profile is in use."""
-SPREAD: Final = (5**0.5 - 1) / 2
-"""Multiples of the golden section, whole parts dropped, are spread evenly however many there are (Weyl 1916)."""
 _FREE: Final = StageCost()
 _NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
 
@@ -116,7 +115,7 @@ class Selector:
         self._now_s = now_s
         self._ready: ReadyTable | None = None
         self._heard_s = 0.0
-        self._turn = 0
+        self._credits: dict[str, Credit] = {}
         self._incumbents: dict[tuple[str, str], str] = {}
 
     @property
@@ -164,7 +163,7 @@ class Selector:
     ) -> Choice:
         """Choose for one transfer; microseconds, no I/O, no lock.
 
-        Exploring is decided by a counter, so that it takes its share exactly and a choice can be repeated.
+        Trying out is decided by a counter and a credit, so that it keeps its share and a choice can be repeated.
 
         Args:
             workload: The request's class.
@@ -182,9 +181,11 @@ class Selector:
         late = self._now_s() - self._heard_s > full.ttl_s
         expired = late and full.on_controller_loss == OnControllerLoss.REVERT
         table = ready.decodable(stages, bundles)
-        # two threads that count at once only take the same turn
-        self._turn = turn = self._turn + 1
         key = (workload if workload in table.rows else DEFAULT_CLASS, peer)
+        rule = table.rules[key[0]]
+        credit: Credit | None = None
+        if rule.explore_share:
+            credit = self._credits.get(key[0]) or self._credits.setdefault(key[0], Credit())
         selection = select(
             table,
             key[0],
@@ -193,8 +194,10 @@ class Selector:
             chunks=chunks,
             expired=expired,
             incumbent=self._incumbents.get(key),
-            ticket=turn * SPREAD % 1.0,
+            allowance_s=0.0 if credit is None else credit.allowance_s(),
         )
+        if credit is not None:
+            credit.settle(selection.predicted_s, selection.extra_s, rule.explore_share)
         if selection.bound != Bound.EXPLORED:
             if len(self._incumbents) >= MAX_INCUMBENTS and key not in self._incumbents:
                 self._incumbents.clear()

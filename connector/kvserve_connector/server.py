@@ -17,6 +17,7 @@ from kvserve_api.errors import (
     WireError,
     WireReason,
 )
+from kvserve_api.profile_set import NONE
 from kvserve_api.telemetry import (
     ATTR_BOUND,
     ATTR_NATIVE_BYTES,
@@ -203,6 +204,7 @@ class TransferServer:
         chunks = plan(layout, pull.tokens, self._config.chunk_layers)
         link = self._links.link(peer)
         coders = self._links.coders
+        coders.follow(self._selector.table)
         known = link.snapshot(self._selector.prior_bytes_per_s, coders)
         choice = self._selector.choose(
             lease.workload,
@@ -266,6 +268,8 @@ class TransferServer:
                 frames.send_chunk(blob)
                 link.sample(frames.socket)
                 promise.keep(1 / len(chunks))
+                if selection.profile != NONE:
+                    promise.coders.observe(seconds, promise.encode_s, 1 / len(chunks))
                 wire_bytes += len(blob)
                 encode_s += seconds
         finally:

@@ -23,6 +23,9 @@ from kvserve_controller.window import Window
 
 RELEARN_INTERVAL_S: Final = 5.0
 """Least seconds between two tables that differ only by what was learned."""
+URGENT_INTERVAL_S: Final = 1.0
+"""The same, if a correction has moved by more than `URGENT_CHANGE`."""
+URGENT_CHANGE: Final = 0.3
 RELEARN_CHANGE: Final = 0.1
 """Least relative change of a correction or deadline that is worth a new table."""
 COMFORT: Final = 0.9
@@ -148,9 +151,14 @@ class Program:
         if self.table is None:
             return None
         self._follow(self.table, now)
-        if now.mono_s < self._compiled_s + RELEARN_INTERVAL_S or not self._moved(now):
-            return None
-        return self._compile(Cause.LEARNED, now)
+        if now.mono_s >= self._compiled_s + RELEARN_INTERVAL_S:
+            moved = self._moved(now)
+        elif now.mono_s >= self._compiled_s + URGENT_INTERVAL_S:
+            corrections = self._learner.corrections(self._profiles)
+            moved = distance(self.learned.corrections, corrections) > URGENT_CHANGE
+        else:
+            moved = False
+        return self._compile(Cause.LEARNED, now) if moved else None
 
     def reissue(self) -> Cause | None:
         """Give the table in force a new version, because a pod holds a higher one."""

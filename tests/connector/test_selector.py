@@ -1,6 +1,5 @@
 """The table in force, and what it chooses."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,8 +160,8 @@ def test_consumer_without_the_bundle_gets_what_it_can_decode(tmp_path: Path) -> 
     assert choice.pipeline.bundle is bundle
 
 
-def test_explores_its_share() -> None:
-    """Of a thousand transfers two in a hundred try what could be better, evenly spread, and repeatably."""
+def test_tries_out_for_its_share_of_the_time() -> None:
+    """What could be better is tried while that may cost two in a hundred of the time, at once, and repeatably."""
     rule = ClassRule(
         goal=Goal.MINIMIZE_LATENCY, candidates=("none", "int8-token"), explore_share=0.02
     )
@@ -182,8 +181,10 @@ def test_explores_its_share() -> None:
         tries.append([choose(selector, link).selection for _ in range(1000)])
     assert tries[0] == tries[1]
     turns = [n for n, each in enumerate(tries[0]) if each.bound is Bound.EXPLORED]
-    assert 19 <= len(turns) <= 21
-    assert max(b - a for a, b in pairwise(turns)) < 100
+    usual_s = next(each.predicted_s for each in tries[0] if each.bound is Bound.GOAL)
+    spent_s = sum(each.extra_s for each in tries[0])
+    assert 0.018 * 1000 * usual_s < spent_s <= 0.02 * 1050 * usual_s
+    assert turns[:3] == [3, 7, 11]
     assert {each.profile for each in tries[0] if each.bound is not Bound.EXPLORED} == {"none"}
 
 

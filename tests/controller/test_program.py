@@ -9,7 +9,12 @@ from kvserve_api.errors import ArtifactError, PolicyError
 from kvserve_api.policy import Policy
 from kvserve_api.table import Role, Version
 from kvserve_controller.activity import Cause
-from kvserve_controller.program import RELEARN_INTERVAL_S, Instant, Program
+from kvserve_controller.program import (
+    RELEARN_INTERVAL_S,
+    URGENT_INTERVAL_S,
+    Instant,
+    Program,
+)
 from kvserve_controller.push import Counts
 from kvserve_controller.source import Entry
 from kvserve_controller.status import stamp, status
@@ -47,15 +52,15 @@ def version(subject: Program) -> int:
     return subject.table.version.counter
 
 
-def slow_reports(count: int = 20) -> list[Any]:
-    """Return reports of an int4 that encodes four times slower than profiled."""
+def slow_reports(count: int = 20, factor: float = 4.0) -> list[Any]:
+    """Return reports of an int4 that encodes so many times slower than profiled."""
     size = 100_000_000
     return [
         transfer_report(
             "int4",
             native_bytes=size,
             wire_bytes=int(size / 3.6),
-            encode_s=4 * size / 1e9,
+            encode_s=factor * size / 1e9,
             decode_s=size / 1e9,
         )
     ] * count
@@ -84,13 +89,17 @@ def test_new_set_starts_learning_anew() -> None:
 
 
 def test_learned_table_is_rate_limited() -> None:
-    """Corrections become a table when they moved enough, and no sooner than the interval after the last."""
+    """Corrections become a table when they moved enough; a large change soon, a small one after a longer while."""
     subject = program()
     assert subject.observe(slow_reports(), NOW) == {"Learned": 20}
-    assert subject.tick(later(RELEARN_INTERVAL_S - 0.1)) is None
-    assert subject.tick(later(RELEARN_INTERVAL_S)) is Cause.LEARNED
-    assert subject.tick(later(2 * RELEARN_INTERVAL_S)) is None
+    assert subject.tick(later(URGENT_INTERVAL_S - 0.1)) is None
+    assert subject.tick(later(URGENT_INTERVAL_S)) is Cause.LEARNED
+    assert subject.tick(later(2 * URGENT_INTERVAL_S)) is None
     assert version(subject) == 2
+    little = program()
+    little.observe(slow_reports(1, factor=1.3), NOW)
+    assert little.tick(later(RELEARN_INTERVAL_S - 0.1)) is None
+    assert little.tick(later(RELEARN_INTERVAL_S)) is Cause.LEARNED
     assert subject.table is not None
     assert subject.table.candidates["int4"].encode.seconds(1e9) > 2 * INT4.encode.seconds(1e9)
 
