@@ -103,6 +103,17 @@ CONTROLLER_REPORTS: Final = Instrument(
     description="Transfer reports received, by policy and whether they were learned from, or why not.",
 )
 
+CONTROLLER_DRIFTED: Final = Instrument(
+    name="kvserve.controller.drifted",
+    unit="{stage}",
+    description="Stages of profiles that transfers showed to be far from what was profiled, by policy.",
+)
+CONTROLLER_CHECKPOINTS: Final = Instrument(
+    name="kvserve.controller.checkpoints",
+    unit="{checkpoint}",
+    description="Checkpoints of what was learned, by outcome (written, restored, absent, or why it was refused).",
+)
+
 # Metrics of the operator.
 RECONCILES: Final = Instrument(
     name="kvserve.operator.reconciles",

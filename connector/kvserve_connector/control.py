@@ -21,6 +21,7 @@ from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.messages import (
     MAX_MESSAGE_BYTES,
+    decision_to_message,
     table_from_push,
     version_from_message,
     version_to_message,
@@ -176,6 +177,10 @@ class ControlClient:
                 if self._reports:
                     batch = [self._reports.popleft() for _ in range(len(self._reports))]
                     yield pb.PodMessage(reports=pb.TransferReports(reports=batch))
+                made = self._selector.decisions
+                if made:
+                    taken = [decision_to_message(made.popleft()) for _ in range(len(made))]
+                    yield pb.PodMessage(decisions=pb.Decisions(decisions=taken))
 
     async def _read(self, call: Call, answers: "asyncio.Queue[pb.PodMessage]") -> None:
         abandoned = threading.Event()

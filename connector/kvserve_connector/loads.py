@@ -128,8 +128,8 @@ class Coders:
 
     @property
     def backlog_s(self) -> float:
-        """Seconds until what was promised is encoded."""
-        return self._promised_s * self.share if self._promised_s >= TINY_S else 0.0
+        """Seconds until what was promised is encoded, as fast as it goes now."""
+        return self._promised_s * self.share * self.factor if self._promised_s >= TINY_S else 0.0
 
     def promise(self, encode_s: float) -> None:
         """Take note of encoding that was promised (positive) or is done (negative), in seconds of one thread."""

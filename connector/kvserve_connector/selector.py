@@ -6,11 +6,13 @@ values that never change; a new table replaces all of them at once.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+from kvserve_api.decision import Decision
 from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link, StageCost
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE
@@ -26,6 +28,9 @@ DEFAULT_BYTES_PER_S: Final = 125e6
 MAX_VIEWS: Final = 64
 MAX_INCUMBENTS: Final = 1024
 """For so many pairs of consumer and workload class it is remembered which profile is in use."""
+MAX_DECISIONS: Final = 50
+"""So many of the latest decisions are kept for the controller, which takes them once a second."""
+MOST_ALLOWANCE_S: Final = 1e6
 _FREE: Final = StageCost()
 _NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
 
@@ -109,10 +114,20 @@ class Selector:
 
     Args:
         now_s: A clock that never goes back.
+        wall_s: Seconds since 1970, for the record.
+
+    Attributes:
+        decisions: The latest ones, for whoever takes them away.
     """
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        now_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._now_s = now_s
+        self._wall_s = wall_s
         self._ready: ReadyTable | None = None
         self._heard_s = 0.0
         self._credits: dict[str, Credit] = {}
@@ -186,6 +201,8 @@ class Selector:
         credit: Credit | None = None
         if rule.explore_share:
             credit = self._credits.get(key[0]) or self._credits.setdefault(key[0], Credit())
+        incumbent = self._incumbents.get(key)
+        allowance_s = 0.0 if credit is None else credit.allowance_s()
         selection = select(
             table,
             key[0],
@@ -193,8 +210,8 @@ class Selector:
             link=link,
             chunks=chunks,
             expired=expired,
-            incumbent=self._incumbents.get(key),
-            allowance_s=0.0 if credit is None else credit.allowance_s(),
+            incumbent=incumbent,
+            allowance_s=allowance_s,
         )
         if credit is not None:
             credit.settle(selection.predicted_s, selection.extra_s, rule.explore_share)
@@ -204,6 +221,22 @@ class Selector:
             self._incumbents[key] = selection.wanted
         if table is not full and selection.profile == NONE:
             selection = _explain(selection, full)
+        self.decisions.append(
+            Decision(
+                self._wall_s(),
+                full.version,
+                peer,
+                key[0],
+                native_bytes,
+                chunks,
+                link,
+                rule.candidates,
+                incumbent or "",
+                # what a new class may spend is not limited yet
+                min(allowance_s, MOST_ALLOWANCE_S),
+                selection,
+            )
+        )
         name = selection.profile
         candidate = full.candidates[name]
         return Choice(

@@ -58,6 +58,11 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="Mbit/s to assume for a link that nobody has measured yet.",
 )
+@click.option(
+    "--state",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File in which what was learned survives a restart.",
+)
 def controller(
     policies: Path | None,
     profiles: Path | None,
@@ -66,6 +71,7 @@ def controller(
     listen: Address,
     health: Address,
     prior_mbit: float,
+    state: Path | None,
 ) -> None:
     """Decide which compression profiles serving pods may use, and push that to them.
 
@@ -86,6 +92,7 @@ def controller(
         profiles=profiles,
         namespace=namespace,
         prior_bytes_per_s=prior_mbit * BYTES_PER_S_PER_MBIT,
+        state=state,
     )
     try:
         asyncio.run(run(options))

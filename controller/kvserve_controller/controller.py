@@ -10,6 +10,7 @@ from opentelemetry import trace
 from kvserve_api import telemetry
 from kvserve_api.table import Version
 from kvserve_controller.activity import Cause
+from kvserve_controller.checkpoint import Checkpoint, Saved
 from kvserve_controller.learn import STAGES
 from kvserve_controller.metrics import Metrics
 from kvserve_controller.program import Instant, Program
@@ -37,6 +38,7 @@ class Controller:
         now: Callable[[], Instant],
         metrics: Metrics,
         ack_timeout_s: float = ACK_TIMEOUT_S,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Make a controller that knows no policy yet.
 
@@ -45,6 +47,7 @@ class Controller:
             now: The clocks.
             metrics: What is counted.
             ack_timeout_s: How long a pod may take to answer a table.
+            checkpoint: What an earlier controller had learned.
         """
         self.hub = Hub(
             on_answer=self._on_answer, on_behind=self._on_behind, ack_timeout_s=ack_timeout_s
@@ -55,6 +58,9 @@ class Controller:
         self._metrics = metrics
         self._versions = VersionClock(now().wall_s)
         self._programs: dict[str, tuple[str, Program]] = {}
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self._versions.raise_above(checkpoint.version)
 
     def apply(self, snapshot: Snapshot) -> None:
         """Take up all policies and Pareto sets as their source has them now."""
@@ -69,7 +75,7 @@ class Controller:
                     prior_bytes_per_s=self._prior_bytes_per_s,
                     next_version=self._versions.next,
                 )
-                program.restore(entry.status)
+                program.restore(entry.status, *self._saved(key))
                 self._programs[key] = (entry.uid, program)
             program = self._programs[key][1]
             with tracer.start_as_current_span(
@@ -104,12 +110,37 @@ class Controller:
             for outcome, count in program.observe(messages, self._now(), pod).items():
                 self._metrics.reports(policy, outcome, count)
 
+    def decided(self, policy: str, pod: str, messages: Sequence[Any]) -> None:
+        """Take up the ``Decision`` messages of one of a policy's pods."""
+        _, program = self._programs.get(policy, ("", None))
+        if program is not None:
+            refused = program.decisions.take(pod, messages)
+            if refused:
+                self._metrics.reports(policy, "BadDecision", refused)
+
+    def decisions(self, policy: str, limit: int) -> list[dict[str, Any]] | None:
+        """Return the latest decisions for a policy with their explanations, newest first; None for an unknown one."""
+        _, program = self._programs.get(policy, ("", None))
+        return None if program is None else program.decisions.explain(limit)
+
     def tick(self) -> None:
         """Follow the traffic; to be called about once a second."""
         for _, program in self._programs.values():
             self._publish(program, program.tick(self._now()))
+        self._metrics.drifted(
+            {key: len(program.drifted) for key, (_, program) in self._programs.items()}
+        )
         self._metrics.streams(
             {key: self.hub.counts(key) for key in self._programs}, len(self.hub.sessions)
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """Return what was learned, to survive this controller."""
+        saved = {key: program.saved for key, (_, program) in self._programs.items()}
+        return Checkpoint(
+            self._now().wall_s,
+            self._versions.last,
+            {key: each for key, each in saved.items() if each is not None},
         )
 
     def statuses(self) -> dict[str, dict[str, Any]]:
@@ -120,6 +151,13 @@ class Controller:
             for key, (_, program) in self._programs.items()
         }
 
+    def _saved(self, key: str) -> tuple[Saved | None, float]:
+        """Return what an earlier controller had learned for a policy, and how many seconds ago."""
+        if self._checkpoint is None:
+            return None, 0.0
+        gone_s = max(0.0, self._now().wall_s - self._checkpoint.wall_s)
+        return self._checkpoint.policies.get(key), gone_s
+
     def _publish(self, program: Program, cause: Cause | None) -> None:
         self._explain(program, cause)
         self._offer(program, cause)
@@ -127,6 +165,7 @@ class Controller:
     def _offer(self, program: Program, cause: Cause | None) -> None:
         """Push a program's new table, if it has one."""
         if cause is not None and program.table is not None:
+            program.decisions.offered(program.table)
             self.hub.offer(program.key, program.table, program.fingerprint)
 
     def _explain(self, program: Program, cause: Cause | None) -> None:

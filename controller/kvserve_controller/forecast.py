@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final
+from typing import Final, Self
 
+from kvserve_api.fields import Fields
 from kvserve_api.latency import Link, predict
 from kvserve_api.policy import Objective
 from kvserve_api.table import Candidate
+from kvserve_controller.belief import numbers
 
 PRIOR_SD: Final = 0.15
 PRIOR_WEIGHT: Final = 8.0
@@ -51,6 +53,24 @@ class Forecast:
         self._weight = self._weight * FORGETTING + 1
         self._sum = self._sum * FORGETTING + residual
         self._squares = self._squares * FORGETTING + residual**2
+
+    def to_json(self) -> list[float]:
+        """Return all that was learned, for a checkpoint."""
+        return [round(value, 6) for value in (self._weight, self._sum, self._squares)]
+
+    @classmethod
+    def from_json(cls, fields: Fields, key: str) -> Self:
+        """Read what `to_json` returned.
+
+        Raises:
+            SpecError: It is damaged.
+        """
+        forecast = cls()
+        weight, total, squares = numbers(fields, key, 3)
+        if not (weight > 0 and squares >= 0):
+            raise fields.fail(key, "must be a positive weight, a sum and a sum of squares")
+        forecast._weight, forecast._sum, forecast._squares = weight, total, squares
+        return forecast
 
     @property
     def spread(self) -> Spread:

@@ -11,6 +11,7 @@ MOST_TICK_S: Final = 15.0
 """A decision loop that has not turned for so long is stuck."""
 MOST_SILENCE_S: Final = 180.0
 """A source that has neither brought nor tried anything for so long is stalled."""
+MAX_LIMIT: Final = 256
 
 
 @dataclass(slots=True)
@@ -46,9 +47,20 @@ class Health:
 
 
 def application(
-    health: Health, statuses: Callable[[], dict[str, dict[str, Any]]]
+    health: Health,
+    statuses: Callable[[], dict[str, dict[str, Any]]],
+    decisions: Callable[[str, int], list[dict[str, Any]] | None] = lambda _policy, _limit: None,
 ) -> web.Application:
-    """Return the HTTP application: ``/healthz``, ``/readyz``, and ``/status`` with every policy's status as JSON."""
+    """Return the HTTP application.
+
+    It answers ``/healthz``, ``/readyz``, ``/status`` with every policy's status as JSON, and
+    ``/decisions?policy=NAMESPACE/NAME&limit=N`` with the latest decisions for a policy, explained.
+
+    Args:
+        health: What the probes ask for.
+        statuses: Returns every policy's status, by key.
+        decisions: Returns the latest decisions for a policy, at most so many; None for an unknown policy.
+    """
 
     async def healthz(_request: web.Request) -> web.Response:
         return _answer(health.dead(time.monotonic()))
@@ -59,9 +71,23 @@ def application(
     async def status(_request: web.Request) -> web.Response:
         return web.json_response(statuses())
 
+    async def decided(request: web.Request) -> web.Response:
+        limit = request.query.get("limit", "20")
+        if not (limit.isdecimal() and 1 <= int(limit) <= MAX_LIMIT):
+            return web.Response(text=f"limit must be 1 to {MAX_LIMIT}", status=400)
+        found = decisions(request.query.get("policy", ""), int(limit))
+        if found is None:
+            return web.Response(text="no such policy; /status lists them", status=404)
+        return web.json_response(found)
+
     app = web.Application()
     app.add_routes(
-        [web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/status", status)]
+        [
+            web.get("/healthz", healthz),
+            web.get("/readyz", readyz),
+            web.get("/status", status),
+            web.get("/decisions", decided),
+        ]
     )
     return app
 

@@ -27,6 +27,13 @@ RESOLUTION_S: Final = 1e-3
 MAX_MACHINES: Final = 2048
 """Most machines whose effects are remembered; of more, the least recently seen are forgotten."""
 
+MAX_SAVED: Final = 512
+"""So many of them, seen last, are kept in a checkpoint."""
+DRIFT: Final = 1.5
+"""A stage that takes more than so many times as long as profiled, or as many times shorter, has drifted."""
+SURE: Final = 3.0
+"""So many standard deviations must lie between what is believed and what was profiled."""
+
 STAGES: Final = ("encode", "decode", "wire")
 # how much effects are expected to scatter before anything was measured, and how fast they change
 _SHARED: Final = {"encode": (0.35, 0.01), "decode": (0.35, 0.01), "wire": (0.10, 0.001)}
@@ -67,6 +74,26 @@ class Correction:
 
 
 UNCORRECTED: Final = Correction()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drift:
+    """A stage of a profile that is not what it was profiled to be.
+
+    Attributes:
+        profile: The profile's name.
+        stage: ``encode``, ``decode`` or ``wire``.
+        factor: Observed over profiled.
+    """
+
+    profile: str
+    stage: str
+    factor: float
+
+    def __str__(self) -> str:
+        """Say it in a few words."""
+        what = "wire bytes" if self.stage == "wire" else f"time to {self.stage}"
+        return f"{self.profile}: {what} {self.factor:.1f}x the profiled"
 
 
 class Learner:
@@ -116,6 +143,19 @@ class Learner:
         machine = {stage: self._usual_machine(stage) for stage in _MACHINE}
         return {name: self._correction(name, machine) for name in names}
 
+    def drifted(self, names: Iterable[str]) -> tuple["Drift", ...]:
+        """Return what is surely far from what was profiled, farthest first; copying is not profiled for its time."""
+        found = [
+            Drift(profile=name, stage=stage, factor=getattr(correction, stage))
+            for name, correction in self.corrections(names).items()
+            for stage in STAGES
+            if name != NONE
+            and (stage, name) in self._profiles
+            and abs(math.log(getattr(correction, stage)))
+            > max(math.log(DRIFT), SURE * getattr(correction.doubt, stage))
+        ]
+        return tuple(sorted(found, key=lambda d: (-abs(math.log(d.factor)), d.profile, d.stage)))
+
     def machines(self, stage: str) -> dict[str, float]:
         """Return by how much each machine differs from the usual one at a stage, as a factor."""
         usual, _ = self._usual_machine(stage)
@@ -130,8 +170,8 @@ class Learner:
         return {
             "shared": {stage: effect.to_json() for stage, effect in self._shared.items()},
             "profiles": _nested(self._profiles),
-            "machines": _nested(self._machines),
-            "noise": _nested(self._noise),
+            "machines": _nested(dict(list(self._machines.items())[-MAX_SAVED:])),
+            "noise": _nested(dict(list(self._noise.items())[-MAX_SAVED:])),
         }
 
     @classmethod

@@ -18,7 +18,16 @@ class Metrics:
         meter = metrics.get_meter("kvserve.controller")
         self._pushes = counter(meter, telemetry.CONTROLLER_PUSHES)
         self._reports = counter(meter, telemetry.CONTROLLER_REPORTS)
+        self._checkpoints = counter(meter, telemetry.CONTROLLER_CHECKPOINTS)
         self._observations: tuple[Observation, ...] = ()
+        self._drifted: tuple[Observation, ...] = ()
+        drifted = telemetry.CONTROLLER_DRIFTED
+        meter.create_observable_gauge(
+            drifted.name,
+            callbacks=[lambda _options: self._drifted],
+            unit=drifted.unit,
+            description=drifted.description,
+        )
         streams = telemetry.CONTROLLER_STREAMS
         meter.create_observable_gauge(
             streams.name,
@@ -34,6 +43,17 @@ class Metrics:
     def reports(self, policy: str, outcome: str, count: int) -> None:
         """Count transfer reports."""
         self._reports.add(count, {telemetry.ATTR_POLICY: policy, telemetry.ATTR_REASON: outcome})
+
+    def checkpoint(self, outcome: str) -> None:
+        """Count a checkpoint that was written, restored or refused."""
+        self._checkpoints.add(1, {telemetry.ATTR_REASON: outcome})
+
+    def drifted(self, counts: Mapping[str, int]) -> None:
+        """Set how many stages are far from what was profiled."""
+        self._drifted = tuple(
+            Observation(number, {telemetry.ATTR_POLICY: policy})
+            for policy, number in counts.items()
+        )
 
     def streams(self, counts: Mapping[str, Mapping[Role, Counts]], total: int) -> None:
         """Set how many streams are open; those of no policy count as policy ``""``."""

@@ -14,9 +14,11 @@ from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES, push_from_table
 from kvserve_api.selection import select
 from kvserve_api.table import DecisionTable, Version
 from kvserve_controller.activity import Activity, Cause
+from kvserve_controller.checkpoint import Saved
 from kvserve_controller.compile import REFERENCE_BYTES, Learned, compile_table, merge_classes
 from kvserve_controller.forecast import Forecast
-from kvserve_controller.learn import Learner, distance
+from kvserve_controller.learn import Drift, Learner, distance
+from kvserve_controller.ledger import Ledger
 from kvserve_controller.report import MAX_REPORTS, Report, ReportError
 from kvserve_controller.source import Entry
 from kvserve_controller.window import Window
@@ -58,6 +60,8 @@ class Program:
         learned: What the table was compiled with.
         window: The recent transfers.
         activity: The profile in use.
+        learned_from: How many transfers were learned from.
+        decisions: The latest ones of its pods.
     """
 
     def __init__(self, key: str, *, prior_bytes_per_s: float, next_version: Callable[[], Version]):
@@ -74,6 +78,10 @@ class Program:
         self._profiles: Mapping[str, Profile] = {}
         self._learner = Learner()
         self._forecast = Forecast()
+        self.learned_from = 0
+        self.decisions = Ledger()
+        self._saved: Saved | None = None
+        self._pareto_digest = ""
         self._prior_bytes_per_s = prior_bytes_per_s
         self._next_version = next_version
         self._compiled_s = -math.inf
@@ -89,9 +97,32 @@ class Program:
         """Why the latest inputs are not in force; None if they are."""
         return self._unreadable or self._uncompilable
 
-    def restore(self, status: Mapping[str, Any]) -> None:
-        """Take up what an earlier controller published."""
+    def restore(
+        self, status: Mapping[str, Any], saved: Saved | None = None, gone_s: float = 0.0
+    ) -> None:
+        """Take up what an earlier controller published, and what it had learned.
+
+        Args:
+            status: The policy's.
+            saved: What was learned; used if the first Pareto set is the one it is about.
+            gone_s: Seconds since then.
+        """
         self.activity = Activity.restore({"history": status.get("history", [])})
+        if saved is not None:
+            saved.learner.age(gone_s)
+            self._saved = saved
+
+    @property
+    def saved(self) -> Saved | None:
+        """What was learned, for a checkpoint; None without a Pareto set."""
+        if self.pareto is None:
+            return None
+        return Saved(self._pareto_digest, self._learner, self._forecast)
+
+    @property
+    def drifted(self) -> tuple[Drift, ...]:
+        """What transfers have shown to be far from what was profiled, farthest first."""
+        return self._learner.drifted(self._profiles)
 
     def load(self, entry: Entry, now: Instant) -> Cause | None:
         """Take up the policy and set as their source has them now.
@@ -112,8 +143,11 @@ class Program:
             self.window.keep_classes(policy.classes)
         if new_pareto:
             self.pareto = pareto
-            self._learner = Learner()
-            self._forecast = Forecast()
+            self._pareto_digest = pareto.digest if pareto is not None else ""
+            self._learner, self._forecast = Learner(), Forecast()
+            saved, self._saved = self._saved, None
+            if saved is not None and saved.pareto_digest == self._pareto_digest:
+                self._learner, self._forecast = saved.learner, saved.forecast
         return self._compile(Cause.STARTED if self.table is None else cause, now)
 
     def observe(self, messages: Sequence[Any], now: Instant, consumer: str = "") -> Counter[str]:
@@ -172,6 +206,7 @@ class Program:
         if profile is None:
             raise ReportError("UnknownProfile", "profile", f"is unknown: {report.profile!r}")
         self._learner.observe(profile, report, consumer)
+        self.learned_from += 1
         self._forecast.add(report.total_s, report.predicted_s)
         self.window.add(report, now.mono_s)
         self.activity.observe_goodput(report.goodput_bytes_per_s)

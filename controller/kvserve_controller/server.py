@@ -14,9 +14,11 @@ import grpc.aio
 from aiohttp import web
 
 from kvserve_api import otel
-from kvserve_api.errors import SpecError
+from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.rpc.control_pb2_grpc import add_ControlServicer_to_server
 from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES
+from kvserve_controller import checkpoint
+from kvserve_controller.checkpoint import Checkpoint
 from kvserve_controller.cluster import ClusterSource
 from kvserve_controller.controller import Controller
 from kvserve_controller.directory import DirectorySource
@@ -32,6 +34,7 @@ from kvserve_controller.source import Publish, Snapshot, Source
 TICK_S: Final = 0.5
 GRACE_S: Final = 2.0
 """How long streams may take to end when the controller does."""
+SAVE_EVERY_S: Final = 30.0
 RECONNECT_S: Final = 3.0
 """How long pods get to reconnect after a start before the status says that they are gone."""
 
@@ -73,6 +76,7 @@ class Options:
         profiles: Directory of Pareto sets; None to watch a cluster.
         namespace: The namespace to watch; empty for all.
         prior_bytes_per_s: Goodput to assume for a link nobody has measured yet.
+        state: File in which what was learned survives; None to learn anew after each start.
     """
 
     listen: Address
@@ -81,6 +85,7 @@ class Options:
     profiles: Path | None = None
     namespace: str = ""
     prior_bytes_per_s: float
+    state: Path | None = None
 
 
 def now() -> Instant:
@@ -107,7 +112,13 @@ async def run(options: Options) -> None:
 
 
 async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -> None:
-    controller = Controller(prior_bytes_per_s=options.prior_bytes_per_s, now=now, metrics=Metrics())
+    metrics = Metrics()
+    controller = Controller(
+        prior_bytes_per_s=options.prior_bytes_per_s,
+        now=now,
+        metrics=metrics,
+        checkpoint=_restore(options.state, metrics),
+    )
     source: Source
     writer: StatusWriter | None = None
     if options.policies is not None and options.profiles is not None:
@@ -117,7 +128,9 @@ async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -
         source = ClusterSource(client, options.namespace)
         writer = StatusWriter(client)
     health = Health(time.monotonic(), lambda: source.alive_s, lambda: controller.synced)
-    await stack.enter_async_context(_http(options.health, application(health, controller.statuses)))
+    await stack.enter_async_context(
+        _http(options.health, application(health, controller.statuses, controller.decisions))
+    )
     await stack.enter_async_context(grpc_server(options.listen, controller))
     health.listening = True
     tasks = [
@@ -127,13 +140,52 @@ async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -
     ]
     if writer is not None:
         tasks.append(asyncio.create_task(_write(controller, writer)))
+    if options.state is not None:
+        tasks.append(asyncio.create_task(_save(controller, metrics, options.state)))
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     health.listening = False
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
+    if options.state is not None:
+        _write_state(controller, metrics, options.state)
     for task in done:
         task.result()
+
+
+def _restore(path: Path | None, metrics: Metrics) -> Checkpoint | None:
+    """Read what an earlier controller had learned; what can't be used is said and left behind."""
+    if path is None:
+        return None
+    try:
+        found = checkpoint.read(path)
+    except ArtifactError as error:
+        log.warning("state refused, learning starts anew", extra={"why": str(error)})
+        metrics.checkpoint(error.reason)
+        return None
+    metrics.checkpoint("absent" if found is None else "restored")
+    return found
+
+
+async def _save(controller: Controller, metrics: Metrics, path: Path) -> None:
+    while True:
+        await asyncio.sleep(SAVE_EVERY_S)
+        if controller.synced:
+            # milliseconds, and nothing changes under its hands
+            _write_state(controller, metrics, path)
+
+
+def _write_state(controller: Controller, metrics: Metrics, path: Path) -> None:
+    """Keep what was learned; a volume that can't be written costs only that."""
+    if not controller.synced:
+        return
+    try:
+        checkpoint.write(path, controller.checkpoint().document())
+    except ArtifactError as error:
+        log.warning("state not kept", extra={"why": str(error)})
+        metrics.checkpoint(error.reason)
+    else:
+        metrics.checkpoint("written")
 
 
 def _both(controller: Controller, writer: StatusWriter | None) -> Publish:
@@ -181,7 +233,10 @@ async def grpc_server(address: Address, controller: Controller) -> AsyncIterator
         ]
     )
     service = ControlService(
-        controller.hub, on_hello=controller.announce, on_reports=controller.reports
+        controller.hub,
+        on_hello=controller.announce,
+        on_reports=controller.reports,
+        on_decisions=controller.decided,
     )
     add_ControlServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     try:

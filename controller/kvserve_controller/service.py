@@ -40,6 +40,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         *,
         on_hello: Callable[[Version], None],
         on_reports: Callable[[str, str, Sequence[Any]], None],
+        on_decisions: Callable[[str, str, Sequence[Any]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the service.
@@ -48,11 +49,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
             hub: Decides who is sent what.
             on_hello: Called with the version a pod holds; raises SpecError for one that can't be.
             on_reports: Called with a policy, one of its pods and the pod's ``TransferReport`` messages.
+            on_decisions: Called with the same and the pod's ``Decision`` messages.
             clock: Monotonic seconds.
         """
         self._hub = hub
         self._on_hello = on_hello
         self._on_reports = on_reports
+        self._on_decisions = on_decisions
         self._clock = clock
 
     async def Connect(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
@@ -112,6 +115,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     self._hub.answer(session, nack.nonce, (nack.reason, nack.detail))
                 case "reports" if session.policy is not None:
                     self._on_reports(session.policy, session.pod.name, message.reports.reports)
+                case "decisions" if session.policy is not None:
+                    made = message.decisions.decisions
+                    self._on_decisions(session.policy, session.pod.name, made)
                 case _:
                     log.debug("message ignored", extra={"pod": session.pod.key})
 

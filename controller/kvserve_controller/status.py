@@ -14,6 +14,7 @@ from kvserve_controller.window import WINDOW_S
 
 PROGRAMMED: Final = "Programmed"
 OBJECTIVES_MET: Final = "ObjectivesMet"
+PROFILES_ACCURATE: Final = "ProfilesAccurate"
 MAX_MESSAGE: Final = 1024
 
 
@@ -29,6 +30,8 @@ class Reason(StrEnum):
     BREACHED = "Breached"
     NO_OBJECTIVES = "NoObjectives"
     NO_TRAFFIC = "NoTraffic"
+    ACCURATE = "Accurate"
+    DRIFTED = "Drifted"
 
 
 def status(program: Program, counts: Mapping[Role, Counts], now_s: float) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def status(program: Program, counts: Mapping[Role, Counts], now_s: float) -> dic
         "conditions": [
             _condition(program, PROGRAMMED, *_programmed(program, counts)),
             _condition(program, OBJECTIVES_MET, *_objectives_met(program, objectives)),
+            _condition(program, PROFILES_ACCURATE, *_accurate(program)),
         ],
         "targets": [
             {
@@ -211,6 +215,25 @@ def _objectives_met(
     if any("met" in o for o in objectives):
         return True, Reason.MET, f"every objective with traffic was kept over {WINDOW_S:.0f} s"
     return None, Reason.NO_TRAFFIC, f"no transfer was reported in the last {WINDOW_S:.0f} s"
+
+
+def _accurate(program: Program) -> tuple[bool | None, str, str]:
+    """Tell whether transfers are as the profiles say, within what is corrected without a word."""
+    drifted = program.drifted
+    if drifted:
+        told = "; ".join(str(each) for each in drifted[:3])
+        more = f" and {len(drifted) - 3} more" if len(drifted) > 3 else ""
+        return (
+            False,
+            Reason.DRIFTED,
+            (
+                f"{told}{more}; costs are corrected, but what was not tried may be misjudged: if machines or model"
+                " changed, delete the policy's Pareto ConfigMap to profile again"
+            ),
+        )
+    if program.learned_from == 0:
+        return None, Reason.NO_TRAFFIC, "no transfer has been compared with its profile yet"
+    return True, Reason.ACCURATE, "transfers take about what was profiled"
 
 
 def _two_digits(value: float) -> int:

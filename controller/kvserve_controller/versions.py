@@ -20,6 +20,11 @@ class VersionClock:
         self._epoch = int(start_s * 1000)
         self._counter = 0
 
+    @property
+    def last(self) -> Version:
+        """The last version that was handed out."""
+        return Version(epoch=self._epoch, counter=self._counter)
+
     def next(self) -> Version:
         """Return a version above all before it."""
         self._counter += 1

@@ -10,7 +10,7 @@ from typing import Final
 
 
 class Condition(StrEnum):
-    """The conditions of a policy; the last two are the controller's."""
+    """The conditions of a policy; the last three are the controller's."""
 
     ACCEPTED = "Accepted"
     TARGETS_RESOLVED = "TargetsResolved"
@@ -19,6 +19,7 @@ class Condition(StrEnum):
     READY = "Ready"
     PROGRAMMED = "Programmed"
     OBJECTIVES_MET = "ObjectivesMet"
+    PROFILES_ACCURATE = "ProfilesAccurate"
 
 
 OWN: Final = (

@@ -7,16 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PodMessage(_message.Message):
-    __slots__ = ("hello", "ack", "nack", "reports")
+    __slots__ = ("hello", "ack", "nack", "reports", "decisions")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     NACK_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     ack: Ack
     nack: Nack
     reports: TransferReports
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ..., reports: _Optional[_Union[TransferReports, _Mapping]] = ...) -> None: ...
+    decisions: Decisions
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ..., reports: _Optional[_Union[TransferReports, _Mapping]] = ..., decisions: _Optional[_Union[Decisions, _Mapping]] = ...) -> None: ...
 
 class ControllerMessage(_message.Message):
     __slots__ = ("push", "heartbeat", "release")
@@ -234,3 +236,61 @@ class TransferReports(_message.Message):
     REPORTS_FIELD_NUMBER: _ClassVar[int]
     reports: _containers.RepeatedCompositeFieldContainer[TransferReport]
     def __init__(self, reports: _Optional[_Iterable[_Union[TransferReport, _Mapping]]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("wall_s", "version", "peer", "workload", "native_bytes", "chunks", "bytes_per_s", "backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s", "arrivals_per_s", "native_bytes_per_s", "encoder_arrivals_per_s", "encoder_native_bytes_per_s", "encode_factor", "candidates", "incumbent", "allowance_s", "profile", "wanted", "bound", "predicted_s", "extra_s")
+    WALL_S_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    NATIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_BACKLOG_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_BACKLOG_S_FIELD_NUMBER: _ClassVar[int]
+    ARRIVALS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NATIVE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_ARRIVALS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_NATIVE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    INCUMBENT_FIELD_NUMBER: _ClassVar[int]
+    ALLOWANCE_S_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_S_FIELD_NUMBER: _ClassVar[int]
+    wall_s: float
+    version: Version
+    peer: str
+    workload: str
+    native_bytes: int
+    chunks: int
+    bytes_per_s: float
+    backlog_bytes: float
+    rtt_s: float
+    encode_backlog_s: float
+    decode_backlog_s: float
+    arrivals_per_s: float
+    native_bytes_per_s: float
+    encoder_arrivals_per_s: float
+    encoder_native_bytes_per_s: float
+    encode_factor: float
+    candidates: _containers.RepeatedScalarFieldContainer[str]
+    incumbent: str
+    allowance_s: float
+    profile: str
+    wanted: str
+    bound: str
+    predicted_s: float
+    extra_s: float
+    def __init__(self, wall_s: _Optional[float] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., peer: _Optional[str] = ..., workload: _Optional[str] = ..., native_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., backlog_bytes: _Optional[float] = ..., rtt_s: _Optional[float] = ..., encode_backlog_s: _Optional[float] = ..., decode_backlog_s: _Optional[float] = ..., arrivals_per_s: _Optional[float] = ..., native_bytes_per_s: _Optional[float] = ..., encoder_arrivals_per_s: _Optional[float] = ..., encoder_native_bytes_per_s: _Optional[float] = ..., encode_factor: _Optional[float] = ..., candidates: _Optional[_Iterable[str]] = ..., incumbent: _Optional[str] = ..., allowance_s: _Optional[float] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., predicted_s: _Optional[float] = ..., extra_s: _Optional[float] = ...) -> None: ...
+
+class Decisions(_message.Message):
+    __slots__ = ("decisions",)
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...

@@ -8,12 +8,15 @@ import math
 from enum import StrEnum
 from typing import TypeVar
 
+from kvserve_api.decision import Decision
 from kvserve_api.errors import SpecError
-from kvserve_api.latency import StageCost
+from kvserve_api.latency import Link, Load, StageCost
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.selection import Bound, Selection
 from kvserve_api.strategy import MAX_JSON_BYTES, StrategyConfig
 from kvserve_api.table import (
+    MAX_CANDIDATES,
     Candidate,
     ClassRule,
     DecisionTable,
@@ -26,6 +29,8 @@ E = TypeVar("E", bound=StrEnum)
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest message either side accepts."""
+MAX_NAME = 63
+MAX_PEER = 253
 
 
 def version_to_message(version: Version) -> pb.Version:
@@ -156,6 +161,89 @@ def _rule_from_message(message: pb.ClassRule) -> ClassRule:
         deadline_s=message.deadline_s or math.inf,
         margins=dict(message.margins),
         explore_share=message.explore_share,
+    )
+
+
+def decision_to_message(decision: Decision) -> pb.Decision:
+    """Translate a decision."""
+    link, selection = decision.link, decision.selection
+    return pb.Decision(
+        wall_s=decision.wall_s,
+        version=version_to_message(decision.version),
+        peer=decision.peer,
+        workload=decision.workload,
+        native_bytes=decision.native_bytes,
+        chunks=decision.chunks,
+        bytes_per_s=link.bytes_per_s,
+        backlog_bytes=link.backlog_bytes,
+        rtt_s=link.rtt_s,
+        encode_backlog_s=link.encode_backlog_s,
+        decode_backlog_s=link.decode_backlog_s,
+        arrivals_per_s=link.load.arrivals_per_s,
+        native_bytes_per_s=link.load.native_bytes_per_s,
+        encoder_arrivals_per_s=link.encoder_load.arrivals_per_s,
+        encoder_native_bytes_per_s=link.encoder_load.native_bytes_per_s,
+        encode_factor=link.encode_factor,
+        candidates=decision.candidates,
+        incumbent=decision.incumbent,
+        allowance_s=decision.allowance_s,
+        profile=selection.profile,
+        wanted=selection.wanted,
+        bound=selection.bound.value,
+        predicted_s=selection.predicted_s,
+        extra_s=selection.extra_s,
+    )
+
+
+def decision_from_message(message: pb.Decision) -> Decision:
+    """Translate a decision back.
+
+    Raises:
+        SpecError: It can't have been made.
+    """
+    names = (message.profile, message.wanted, message.incumbent, *message.candidates)
+    if len(message.candidates) > MAX_CANDIDATES or any(len(name) > MAX_NAME for name in names):
+        raise SpecError("candidates", f"must be {MAX_CANDIDATES} names of {MAX_NAME} characters")
+    if len(message.peer) > MAX_PEER or len(message.workload) > MAX_NAME:
+        raise SpecError("peer", "and workload must be names")
+    if not (message.native_bytes > 0 and message.chunks > 0):
+        raise SpecError("native_bytes", "and chunks must be positive")
+    for name in ("wall_s", "allowance_s", "predicted_s", "extra_s"):
+        if not 0 <= getattr(message, name) < math.inf:
+            raise SpecError(name, f"must be finite and not negative: {getattr(message, name)}")
+    return Decision(
+        wall_s=message.wall_s,
+        version=version_from_message(message.version),
+        peer=message.peer,
+        workload=message.workload,
+        native_bytes=message.native_bytes,
+        chunks=message.chunks,
+        link=Link(
+            bytes_per_s=message.bytes_per_s,
+            backlog_bytes=message.backlog_bytes,
+            rtt_s=message.rtt_s,
+            encode_backlog_s=message.encode_backlog_s,
+            decode_backlog_s=message.decode_backlog_s,
+            load=Load(
+                arrivals_per_s=message.arrivals_per_s,
+                native_bytes_per_s=message.native_bytes_per_s,
+            ),
+            encoder_load=Load(
+                arrivals_per_s=message.encoder_arrivals_per_s,
+                native_bytes_per_s=message.encoder_native_bytes_per_s,
+            ),
+            encode_factor=message.encode_factor,
+        ),
+        candidates=tuple(message.candidates),
+        incumbent=message.incumbent,
+        allowance_s=message.allowance_s,
+        selection=Selection(
+            profile=message.profile,
+            wanted=message.wanted,
+            bound=_enum(Bound, message.bound, "bound"),
+            predicted_s=message.predicted_s,
+            extra_s=message.extra_s,
+        ),
     )
 
 
