@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from kv_loopback import ENGINE, LAYOUT
+from kvserve_api.latency import Link
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
-from kvserve_api.rpc.messages import push_from_table
+from kvserve_api.rpc.messages import decision_from_message, push_from_table
 from kvserve_api.table import DecisionTable, Role, Version
 from kvserve_connector import control
 from kvserve_connector.bundles import BundleBook
@@ -374,3 +375,29 @@ async def test_absent_controller_is_looked_for_and_no_more() -> None:
     async with asyncio.timeout(4):
         await asyncio.to_thread(client.close)
     assert selector.table is None
+
+
+async def test_decisions_are_told() -> None:
+    """What the pod decided arrives at the controller as it was made, once."""
+    async with running() as bench:
+        await bench.controller.heard("hello")
+        await bench.controller.push(table())
+        await bench.controller.heard("ack")
+        link = Link(bytes_per_s=1e6, backlog_bytes=5.0)
+        choice = bench.selector.choose(
+            "default",
+            native_bytes=10_000_000,
+            link=link,
+            chunks=6,
+            stages=known_stages(),
+            peer="10.0.0.2",
+        )
+        (told,) = (await bench.controller.heard("decisions")).decisions
+        decision = decision_from_message(told)
+        assert (decision.peer, decision.link, decision.selection) == (
+            "10.0.0.2",
+            link,
+            choice.selection,
+        )
+        assert decision.candidates == table().rules["default"].candidates
+        assert not bench.selector.decisions

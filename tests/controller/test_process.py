@@ -10,7 +10,13 @@ import grpc
 import pytest
 
 from kvserve_api import telemetry
+from kvserve_api.decision import decide
+from kvserve_api.errors import SpecError
+from kvserve_api.latency import Link
+from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.rpc.messages import decision_to_message
 from kvserve_controller.controller import audit
+from kvserve_controller.explain_cli import latest
 from otlp_receiver import Receiver
 from podclient import PodClient, transfer_report, until
 
@@ -132,6 +138,53 @@ def test_occupied_port_is_a_clear_error(controller_process: Process) -> None:
     assert process.process.wait(15) == 1
     assert f"health: can't use {process.address}" in process.log.read_text()
     process.process = first
+
+
+async def test_decisions_can_be_asked_for_and_learning_survives(
+    controller_process: Process,
+) -> None:
+    """What pods decided is answered with its reasons, and a controller killed and damaged starts all the same."""
+    process = controller_process
+    state = process.folder / "state.json"
+    process.arguments = (
+        *("--policies", str(process.policies), "--profiles", str(process.profiles)),
+        *("--state", str(state)),
+    )
+    process.write_policy()
+    process.write_set()
+    process.start()
+    slow = transfer_report("int4", encode_s=0.1, wire_bytes=2_777_777)
+    async with PodClient(process.address, "p", "Prefill") as producer:
+        await until(lambda: producer.table)
+        link = Link(bytes_per_s=1e7)
+        made = decide(producer.table, "default", native_bytes=10_000_000, link=link, wall_s=1.0)
+        await producer.send(decisions=pb.Decisions(decisions=[decision_to_message(made)]))
+        await producer.report(*[slow] * 30)
+        url = f"http://{process.health}"
+
+        async def told() -> bool:
+            return bool(await asyncio.to_thread(latest, url, "default/chat", 5))
+
+        await wait_for(told)
+        (found,) = await asyncio.to_thread(latest, url, "default/chat", 5)
+        await until(lambda: len(producer.pushed) >= 2)
+    assert (found["pod"], found["wanted"], found["bound"]) == ("p", "int4", "Goal")
+    with pytest.raises(SpecError, match="no such policy"):
+        latest(url, "default/nobody", 5)
+    assert process.get("/decisions?policy=default/chat&limit=x")[0] == 400
+    assert process.end() == 0
+
+    process.start()
+    async with PodClient(process.address, "p", "Prefill") as producer:
+        await until(lambda: producer.table)
+        assert producer.table.candidates["int4"].encode.seconds(1e9) > 3.0
+    assert process.end() == 0
+    state.write_bytes(state.read_bytes()[:-10])
+    process.start()
+    async with PodClient(process.address, "p", "Prefill") as producer:
+        await until(lambda: producer.table)
+        assert producer.table.candidates["int4"].encode.seconds(1e9) == pytest.approx(1.0)
+    assert "state refused, learning starts anew" in process.log.read_text()
 
 
 async def test_telemetry_arrives(controller_process: Process) -> None:

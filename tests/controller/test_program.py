@@ -311,3 +311,35 @@ def test_restart_takes_up_the_history() -> None:
     assert value["history"] == published["history"]
     assert value["activeProfile"]["since"] == published["activeProfile"]["since"]
     assert value["activeProfile"]["version"] == "9.1"
+
+
+def test_drift_is_told_when_it_is_sure() -> None:
+    """A codec four times slower than profiled is a condition that says so; a few transfers or 20 % are none."""
+    subject = program()
+    assert condition(status(subject, SYNCED, 0.0), "ProfilesAccurate")[:2] == (
+        "Unknown",
+        "NoTraffic",
+    )
+    subject.observe(slow_reports(200, factor=1.2), NOW)
+    assert condition(status(subject, SYNCED, 0.0), "ProfilesAccurate")[:2] == ("True", "Accurate")
+    subject.observe(slow_reports(200), NOW)
+    state, reason, message = condition(status(subject, SYNCED, 0.0), "ProfilesAccurate")
+    assert (state, reason) == ("False", "Drifted")
+    assert message.startswith("int4: time to encode 4.0x the profiled")
+
+
+def test_class_at_risk_does_not_explore() -> None:
+    """A class explores by its policy's share, and not while its objective is nearly or not kept."""
+    move = {"name": "move", "metric": "KVTransferTime", "thresholdMilliseconds": 500}
+    subject = program(
+        entry(slo={"objectives": [move]}, control={"exploration": {"maxBasisPoints": 300}})
+    )
+    assert subject.table is not None
+    assert subject.table.rules["default"].explore_share == 0.03
+    subject.observe([transfer_report("int4", total_s=0.46)] * 3, NOW)
+    assert subject.tick(later(RELEARN_INTERVAL_S)) is Cause.LEARNED
+    assert subject.table.rules["default"].explore_share == 0.0
+    for mode in ({"mode": "Shadow"}, {"mode": "Pinned", "pinnedProfile": "int4"}, {"mode": "Off"}):
+        fixed = program(entry(control=mode)).table
+        assert fixed is not None
+        assert fixed.rules["default"].explore_share == 0.0
