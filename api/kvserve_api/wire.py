@@ -18,8 +18,11 @@ from kvserve_api.strategy import MAX_JSON_BYTES, StrategyConfig
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-DTYPES: Final = ("bfloat16", "float16", "float32")
-DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+FLOAT_DTYPES: Final = ("bfloat16", "float16", "float32")
+BYTES: Final = "uint8"
+"""The dtype of a cache whose numbers only the engine can read: quantised, packed, or of several dtypes."""
+DTYPES: Final = (*FLOAT_DTYPES, BYTES)
+DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4, BYTES: 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +33,7 @@ class KVLayout:
         layers: Layers that have a KV cache.
         kv_heads: KV heads of one tensor-parallel rank.
         head_dim: Size of a head; the same for keys and values.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: ``bfloat16``, ``float16``, ``float32``, or ``uint8`` for bytes that are not read as numbers.
     """
 
     layers: int

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.cache_utils import DynamicLayer
 
 from kvserve_api.errors import KVServeError, SpecError, UnavailableError, UnsupportedError
-from kvserve_api.wire import DTYPES, KVLayout, model_fingerprint
+from kvserve_api.wire import FLOAT_DTYPES, KVLayout, model_fingerprint
 
 COMPUTE_DTYPE: Final = torch.float32
 
@@ -248,8 +248,8 @@ def _engine(tensor: torch.Tensor) -> torch.Tensor:
 
 def _native_dtype(config: Any) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in DTYPES:
-        raise UnsupportedError(f"KV caches of dtype {dtype} are not profiled; known: {DTYPES}")
+    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES:
+        raise UnsupportedError(f"KV caches of dtype {dtype} are not profiled; known: {FLOAT_DTYPES}")
     return dtype
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kvserve_api.errors import ArtifactError, StrategyError, WireError, WireReason
 from kvserve_api.wire import (
+    BYTES,
     MAX_HEADER_NBYTES,
     PREFIX_NBYTES,
     BlobHeader,
@@ -25,6 +26,7 @@ _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    BYTES: torch.uint8,
 }
 FindBundle: TypeAlias = Callable[[str], Bundle | None]
 """Returns the bundle of a digest from among those that may be used; must not fetch on a blob's word."""

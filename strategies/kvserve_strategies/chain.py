@@ -9,6 +9,7 @@ import numpy as np
 import kvserve_strategies.stages
 from kvserve_api.errors import StrategyError, ValuesError, WireError, WireReason
 from kvserve_api.strategy import Kind, Part
+from kvserve_api.wire import BYTES
 from kvserve_kernels.finite import all_finite
 from kvserve_kernels.linear import Cells
 from kvserve_strategies import fused, tokenclass
@@ -91,6 +92,11 @@ class Chain:
         return all(stage.lossless for stage in self.stages)
 
     @property
+    def takes_bytes(self) -> bool:
+        """It carries values that are not numbers too."""
+        return all(stage.takes_bytes for stage in self.stages)
+
+    @property
     def is_fixed_size(self) -> bool:
         """The size depends on the shape only."""
         return all(stage.is_fixed_size for stage in self.stages)
@@ -123,6 +129,9 @@ class Chain:
 
     def specs(self, spec: Spec) -> list[Spec]:
         """Return what each stage takes, for a NATIVE spec."""
+        if spec.dtype == BYTES and not self.takes_bytes:
+            first = next(stage for stage in self.stages if not stage.takes_bytes)
+            raise StrategyError(first.id, "takes numbers, and this cache holds only bytes")
         taken: list[Spec] = []
         projected = Projection.find(self.stages)
         for index, stage in enumerate(self.stages):

@@ -59,6 +59,7 @@ class Pipeline:
         lossless: Keys and values come back bit by bit, NaN and infinity too.
         fixed_size: The payload's size depends on shape and dtype only.
         calibrated: It needs a bundle to encode and decode.
+        takes_bytes: It carries caches whose values are not numbers too.
         layer_step: Pieces must start at layers that are multiples of this, and end so or with the model.
         stage_ids: The ids of all stages in use, without doubles.
     """
@@ -74,6 +75,7 @@ class Pipeline:
         "layer_step",
         "lossless",
         "stage_ids",
+        "takes_bytes",
     )
 
     def __init__(self, config: StrategyConfig, bundle: Bundle | None = None) -> None:
@@ -85,6 +87,7 @@ class Pipeline:
         self.digest: Final = config.digest
         self.lossless: Final = all(chain.lossless for chain in chains)
         self.fixed_size: Final = all(chain.is_fixed_size for chain in chains)
+        self.takes_bytes: Final = all(chain.takes_bytes for chain in chains)
         self.calibrated: Final = any(chain.calibrated for chain in chains)
         self.bundle: Final = bundle if self.calibrated else None
         self.layer_step: Final = math.lcm(*(chain.layer_step for chain in chains))
@@ -131,7 +134,8 @@ class Pipeline:
         """Return the payload.
 
         Args:
-            keys: ``[layers, tokens, kv_heads, head_dim]`` on the CPU; bfloat16, float16 or float32.
+            keys: ``[layers, tokens, kv_heads, head_dim]`` on the CPU; bfloat16, float16, float32 or, if the strategy
+                ``takes_bytes``, uint8.
             values: The same shape and dtype.
             at: Where in the model's cache these are; by default its beginning.
 
@@ -152,7 +156,7 @@ class Pipeline:
         Args:
             buffer: The payload; anything may be in it.
             shape: ``(layers, tokens, kv_heads, head_dim)``.
-            dtype: bfloat16, float16 or float32.
+            dtype: bfloat16, float16, float32 or uint8.
             at: Where in the model's cache the piece is; by default its beginning.
 
         Raises:

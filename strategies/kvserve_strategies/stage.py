@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvserve_api.errors import StrategyError
 from kvserve_api.fields import Fields
 from kvserve_api.strategy import Kind, Scalar, StageConfig
-from kvserve_api.wire import DTYPE_BYTES
+from kvserve_api.wire import BYTES, DTYPE_BYTES
 from kvserve_strategies.bundle import Bundle
 
 Array = NDArray[Any]
@@ -135,6 +135,8 @@ class Spec:
             return np.dtype(np.uint16)
         if self.form == Form.NATIVE and self.dtype == "float16":
             return np.dtype(np.float16)
+        if self.form == Form.NATIVE and self.dtype == BYTES:
+            return np.dtype(np.uint8)
         return np.dtype(np.float32)
 
 
@@ -161,6 +163,7 @@ class Stage(ABC):
         is_fixed_size: `encoded_nbytes` is exact, for every value.
         summary: One line for people.
         calibrated: It needs the calibration bundle of the model.
+        takes_bytes: It carries values that are not numbers too.
     """
 
     __slots__ = ()
@@ -171,6 +174,7 @@ class Stage(ABC):
     is_fixed_size: ClassVar[bool]
     summary: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    takes_bytes: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

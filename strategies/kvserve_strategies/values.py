@@ -6,21 +6,27 @@ import numpy as np
 import torch
 
 from kvserve_api.errors import StrategyError, WireError, WireReason
+from kvserve_api.wire import BYTES
 from kvserve_kernels.finite import all_finite
 from kvserve_strategies.stage import Array, Bytes, Form, Spec
 
-_TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_TORCH_NAMES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.uint8: BYTES,
+}
 _LARGEST_HALF = np.float32(65504)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``bfloat16``, ``float16`` or ``float32``.
+    """Return ``bfloat16``, ``float16``, ``float32`` or ``uint8``.
 
     Raises:
         StrategyError: It is another dtype.
     """
     if dtype not in _TORCH_NAMES:
-        raise StrategyError("dtype", f"must be bfloat16, float16 or float32, got {dtype}")
+        raise StrategyError("dtype", f"must be bfloat16, float16, float32 or uint8, got {dtype}")
     return _TORCH_NAMES[dtype]
 
 
@@ -31,7 +37,7 @@ def to_array(tensor: torch.Tensor) -> Array:
         tensor: ``[layers, tokens, kv_heads, head_dim]`` on the CPU.
 
     Returns:
-        The same shape: uint16 bits for bfloat16, else float16 or float32.
+        The same shape: uint16 bits for bfloat16, else float16, float32 or uint8.
     """
     if tensor.device.type != "cpu":
         raise StrategyError("keys/values", f"must be on the CPU, got {tensor.device}")

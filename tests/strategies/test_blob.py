@@ -11,7 +11,8 @@ import pytest
 import torch
 from tests.strategies.laws import PLAIN_PRESETS, bits, sample
 
-from kvserve_api.errors import SpecError, WireError, WireReason
+from kvserve_api.errors import SpecError, StrategyError, WireError, WireReason
+from kvserve_api.profile_set import NONE
 from kvserve_api.wire import (
     ALIGNMENT,
     MAX_HEADER_NBYTES,
@@ -22,6 +23,7 @@ from kvserve_api.wire import (
 )
 from kvserve_kernels.checksum import checksum
 from kvserve_strategies import (
+    PRESETS,
     DecodedBlob,
     Expectation,
     Pipeline,
@@ -301,3 +303,36 @@ def test_fuzz_blobs() -> None:
             continue
         assert any(same(decoded, one) for one in exact)
     assert refused > 49_000
+
+
+BYTES_LAYOUT = KVLayout(layers=9, kv_heads=4, head_dim=6, dtype="uint8")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_are_carried_as_they_are_or_refused(name: str) -> None:
+    """A cache that is no numbers to us comes through raw bit by bit; every strategy that computes refuses it."""
+    generator = torch.Generator().manual_seed(4)
+    shape = (3, 5, 4, 6)
+    keys, values = (
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(2)
+    )
+    # in the midst of the model: some peers keep its ends as they are
+    piece = {"layers": range(3, 6), "tokens": range(7, 12)}
+    pipeline = Pipeline.of(PRESETS[name])
+
+    def encode() -> memoryview:
+        return encode_blob(
+            pipeline, keys, values, model_fingerprint=FINGERPRINT, layout=BYTES_LAYOUT, **piece
+        )
+
+    if not pipeline.takes_bytes:
+        with pytest.raises(StrategyError, match=r"holds only bytes|bundle"):
+            encode()
+        return
+    assert name == NONE
+    blob = encode()
+    expect = dataclasses.replace(EXPECT, layout=BYTES_LAYOUT, **piece)
+    decoded = decode_blob(blob, expect=expect)
+    assert torch.equal(decoded.keys, keys)
+    assert torch.equal(decoded.values, values)
+    assert len(blob) <= max_blob_nbytes(pipeline, layout=BYTES_LAYOUT, **piece)

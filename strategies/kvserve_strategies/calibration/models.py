@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvserve_api.errors import SpecError, UnsupportedError
-from kvserve_api.wire import DTYPES, KVLayout, model_fingerprint
+from kvserve_api.wire import FLOAT_DTYPES, KVLayout, model_fingerprint
 from kvserve_strategies.bundle.rope import Rope
 from kvserve_strategies.calibration.protocol import Prefill
 from kvserve_strategies.calibration.ropes import POSITIONS, described, explain, turn
@@ -304,8 +304,8 @@ def _layout(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> KVL
 
 def _native_dtype(config: Any) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in DTYPES:
-        raise UnsupportedError(f"KV caches of dtype {dtype} can't be calibrated; known: {DTYPES}")
+    if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES:
+        raise UnsupportedError(f"KV caches of dtype {dtype} can't be calibrated; known: {FLOAT_DTYPES}")
     return dtype
 
 

@@ -18,6 +18,7 @@ class Raw(Stage):
     role: ClassVar[Role] = Role.CODE
     lossless: ClassVar[bool] = True
     is_fixed_size: ClassVar[bool] = True
+    takes_bytes: ClassVar[bool] = True
     summary: ClassVar[str] = "native values as they are"
 
     @classmethod
