@@ -33,6 +33,7 @@ class Bound(StrEnum):
     EXPIRED = "TableExpired"
     NO_TABLE = "NoTable"
     PEER = "PeerCannotDecode"
+    OPAQUE = "OpaqueCache"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ A strategy is a list of parts. Each part names by its *split* what it covers and
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -88,7 +88,7 @@ class Part:
         layers: Layers of the model, as Python slices separated by commas: ``"0:2,-2:"``, ``"7"``.
         heads: KV heads, in the same notation; those of one tensor-parallel rank.
         tokens: ``":4"``, the first 4 positions of the request (attention sinks), or ``"-64:"``, the last 64 tokens of
-            the piece that is coded.
+            the piece that is coded; see `StrategyConfig.before`.
 
     Raises:
         StrategyError: The chain is empty, or a selector is of another form.
@@ -223,6 +223,30 @@ class StrategyConfig:
                 f"must end with parts that select all of {' and of '.join(missing)}: some cells of "
                 "the cache would not be coded",
             )
+
+    def before(self, tokens_after: int) -> Self:
+        """Return the strategy for a piece that so many more tokens of the request follow.
+
+        A selector like ``"-64:"`` counts from a piece's end. Here it is made to count from the request's: of a request
+        in pieces only the last 64 tokens are then apart, as in one piece. What a piece was coded with stands in its
+        header, so decoders need not know.
+
+        Args:
+            tokens_after: Tokens that follow the piece.
+        """
+        if tokens_after <= 0 or not any(part.tokens.startswith("-") for part in self.parts):
+            return self
+        parts: list[Part] = []
+        for part in self.parts:
+            if not part.tokens.startswith("-"):
+                parts.append(part)
+            elif (left := int(part.tokens[1:-1]) - tokens_after) > 0:
+                parts.append(replace(part, tokens=f"-{left}:"))
+        try:
+            return type(self)(parts=tuple(parts))
+        except StrategyError:
+            # a joint part would now take what was left to parts after it: then every piece keeps its end apart
+            return self
 
     def chains(self) -> Iterator[tuple[str, Part]]:
         """Yield each part under a name for people: its kind, and its split where it has one."""

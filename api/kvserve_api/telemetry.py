@@ -75,6 +75,11 @@ TABLE_AGE: Final = Instrument(
     description="Seconds since the controller was last heard of.",
 )
 
+CACHE_OPAQUE: Final = Instrument(
+    name="kvserve.cache.opaque",
+    unit="1",
+    description="1 where a pod's KV cache is carried as whole blocks, raw or lossless, or not at all; by reason.",
+)
 LEASES: Final = Instrument(
     name="kvserve.leases",
     unit="{lease}",

@@ -16,6 +16,7 @@ from kvserve_api.errors import ArtifactError, SpecError, UnavailableError, Unsup
 from kvserve_api.table import DecisionTable
 from kvserve_api.wire import KVLayout
 from kvserve_connector.config import PATH, ConnectorConfig
+from kvserve_connector.selector import Carries, carries_all
 from kvserve_strategies import Pipeline
 from kvserve_strategies.artifacts import Store, open_store
 from kvserve_strategies.bundle import BasisKey, Bundle
@@ -49,16 +50,21 @@ def open_artifacts(config: ConnectorConfig) -> Store | None:
         raise SpecError(f"{PATH}.artifacts", error.problem) from error
 
 
-def wanted_by(table: DecisionTable) -> Wanted:
+def wanted_by(table: DecisionTable, carries: Carries = carries_all) -> Wanted:
     """Return the bundles that a table's candidates need, and which bases of each.
+
+    Args:
+        table: The table.
+        carries: Tells which candidates matter here.
 
     Raises:
         StrategyError: A strategy can't work here.
     """
     wanted: dict[str, frozenset[BasisKey]] = {}
     for candidate in table.candidates.values():
-        keys = Pipeline.of(candidate.strategy).basis_keys
-        if candidate.bundle is not None and Pipeline.of(candidate.strategy).calibrated:
+        pipeline = Pipeline.of(candidate.strategy)
+        if candidate.bundle is not None and pipeline.calibrated and carries(pipeline):
+            keys = pipeline.basis_keys
             wanted[candidate.bundle] = wanted.get(candidate.bundle, frozenset()).union(keys)
     return wanted
 
@@ -69,7 +75,7 @@ class BundleBook:
     Args:
         store: Where they come from; None if this pod was told of no store.
         fingerprint: Of the model that this pod serves.
-        layout: Of its cache.
+        layout: Of its cache; None if it is one that no bundle is of.
         patience_s: How long `obtain` tries.
         now_s: A clock that never goes back.
     """
@@ -78,7 +84,7 @@ class BundleBook:
         self,
         store: Store | None,
         fingerprint: str,
-        layout: KVLayout,
+        layout: KVLayout | None,
         *,
         patience_s: float = PATIENCE_S,
         now_s: Callable[[], float] = time.monotonic,
@@ -201,6 +207,10 @@ class BundleBook:
             raise UnsupportedError(
                 f"calibration bundle {bundle.digest} is of another model:"
                 f" {bundle.model_fingerprint}, served is {self._fingerprint}"
+            )
+        if self._layout is None:
+            raise UnsupportedError(
+                "this engine's KV cache is carried as whole blocks: no bundle is of it"
             )
         for name in ("layers", "kv_heads", "head_dim"):
             theirs, ours = getattr(bundle.layout, name), getattr(self._layout, name)

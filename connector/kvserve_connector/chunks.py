@@ -1,39 +1,68 @@
 """How a transfer is cut into chunks: groups of layers, and ranges of tokens where those would still be too large."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
 from kvserve_api.errors import WireError, WireReason
 from kvserve_api.wire import KVLayout
+from kvserve_connector.form import TOKEN_STEP, Form
 
 MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
-TOKEN_STEP: Final = 128
-"""Cuts between tokens fall on multiples of this, so that coders with token groups lose nothing."""
 LANES: Final = 32
 """Where many layers make even that too many tokens: what entropy coders code side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """What one blob of a transfer covers."""
+    """What one blob of a transfer covers.
+
+    Attributes:
+        layers: Layers of the part.
+        tokens: Its rows: tokens, unless the cache is carried as whole blocks.
+        part: Which part of the cache, see `kvserve_connector.form.Form`.
+    """
 
     layers: range
     tokens: range
+    part: int = 0
 
     def to_json(self) -> list[int]:
-        """Return the four bounds."""
-        return [self.layers.start, self.layers.stop, self.tokens.start, self.tokens.stop]
+        """Return the four bounds, and the part unless it is the first."""
+        bounds = [self.layers.start, self.layers.stop, self.tokens.start, self.tokens.stop]
+        return [*bounds, self.part] if self.part else bounds
 
     def native_bytes(self, layout: KVLayout) -> int:
         """Return the bytes of its KV, uncompressed."""
         return layout.native_bytes(len(self.tokens)) // layout.layers * len(self.layers)
 
 
+def plan_form(
+    form: Form, tokens: range, chunk_layers: int, *, layer_multiple: int = 1
+) -> tuple[Chunk, ...]:
+    """Cut a transfer of all parts of a cache into chunks, part after part; see `plan`."""
+    return tuple(
+        replace(chunk, part=number)
+        for number, part in enumerate(form.parts)
+        for chunk in plan(
+            part.layout,
+            part.rows(tokens),
+            chunk_layers,
+            layer_multiple=layer_multiple,
+            token_step=part.least_rows,
+        )
+    )
+
+
 def plan(
-    layout: KVLayout, tokens: range, chunk_layers: int, *, layer_multiple: int = 1
+    layout: KVLayout,
+    tokens: range,
+    chunk_layers: int,
+    *,
+    layer_multiple: int = 1,
+    token_step: int = TOKEN_STEP,
 ) -> tuple[Chunk, ...]:
     """Cut a transfer into chunks of at most ``MAX_CHUNK_BYTES``, and of at most so many layers if the strategy allows.
 
@@ -45,10 +74,13 @@ def plan(
         chunk_layers: Most layers in a chunk.
         layer_multiple: Layers that the strategy codes together: chunks begin at multiples of it, and hold as many even
             if that is more than ``chunk_layers``.
+        token_step: Cuts between tokens fall on multiples of this.
     """
+    if not tokens:
+        return ()
     layer_bytes = layout.native_bytes(1) // layout.layers
     least_layers = min(layer_multiple, layout.layers)
-    token_step = min(_most_tokens(layer_bytes, least_layers), len(tokens))
+    token_step = min(_most_tokens(layer_bytes, least_layers, token_step), len(tokens))
     fitting = MAX_CHUNK_BYTES // (layer_bytes * token_step)
     most_layers = min(chunk_layers, fitting, layout.layers) // least_layers * least_layers
     layer_step = max(least_layers, most_layers)
@@ -62,21 +94,44 @@ def plan(
     )
 
 
-def _most_tokens(layer_bytes: int, layers: int) -> int:
-    """Return the most tokens of a chunk of so many layers; a single layer takes ``TOKEN_STEP``, however large."""
+def _most_tokens(layer_bytes: int, layers: int, step: int) -> int:
+    """Return the most tokens of a chunk of so many layers; a single layer takes a whole step, however large."""
     fitting = MAX_CHUNK_BYTES // (layer_bytes * layers)
     if layers == 1:
-        return max(TOKEN_STEP, fitting // TOKEN_STEP * TOKEN_STEP)
-    step = TOKEN_STEP if fitting >= TOKEN_STEP else LANES if fitting >= LANES else 1
+        return max(step, fitting // step * step)
+    step = step if fitting >= step else LANES if fitting >= LANES else 1
     return max(1, fitting // step * step)
 
 
-def check_cover(chunks: Sequence[Chunk], layout: KVLayout, tokens: range) -> None:
-    """Check that a foreign plan covers every layer of every token exactly once, in bounded chunks.
+def check_form(chunks: Sequence[Chunk], form: Form, tokens: range) -> None:
+    """Check that a foreign plan covers all parts of a cache; see `check_cover`.
 
     Raises:
         WireError: It doesn't.
     """
+    if any(chunk.part >= len(form.parts) for chunk in chunks):
+        raise WireError(WireReason.RANGE_MISMATCH, "the plan has parts that the cache has not")
+    for number, part in enumerate(form.parts):
+        own = [chunk for chunk in chunks if chunk.part == number]
+        check_cover(own, part.layout, part.rows(tokens), token_step=part.least_rows)
+
+
+def check_cover(
+    chunks: Sequence[Chunk], layout: KVLayout, tokens: range, *, token_step: int = TOKEN_STEP
+) -> None:
+    """Check that a foreign plan covers every layer of every token exactly once, in bounded chunks.
+
+    Args:
+        chunks: The plan.
+        layout: Form of what is covered.
+        tokens: Which tokens it must cover; none if it must be empty.
+        token_step: A chunk of one layer and so many tokens may be of any size.
+
+    Raises:
+        WireError: It doesn't.
+    """
+    if not (chunks or tokens):
+        return
     area = 0
     seen: set[tuple[int, int]] = set()
     starts: dict[int, int] = {}
@@ -89,7 +144,7 @@ def check_cover(chunks: Sequence[Chunk], layout: KVLayout, tokens: range) -> Non
             or starts.setdefault(chunk.tokens.start, chunk.tokens.stop) != chunk.tokens.stop
         ):
             raise WireError(WireReason.RANGE_MISMATCH, "the plan leaves what was asked for")
-        divisible = len(chunk.layers) > 1 or len(chunk.tokens) > TOKEN_STEP
+        divisible = len(chunk.layers) > 1 or len(chunk.tokens) > token_step
         if divisible and chunk.native_bytes(layout) > MAX_CHUNK_BYTES:
             raise WireError(WireReason.TOO_LARGE, "the plan has a chunk that is too large")
         area += len(chunk.layers) * len(chunk.tokens)

@@ -29,13 +29,12 @@ from kvserve_api.telemetry import (
 )
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
-from kvserve_connector.chunks import Chunk, check_cover
+from kvserve_connector.cache import EngineCache
+from kvserve_connector.chunks import Chunk, check_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.engine import Engine
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.handover import Load
-from kvserve_connector.layout import PagedCache
 from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, pack_header
 from kvserve_connector.remote import Remote
 
@@ -94,7 +93,6 @@ class TransferClient:
 
     Args:
         config: The connector's settings.
-        engine: The engine's facts.
         cache: The engine's KV cache.
         stages: Ids of the stages that can be decoded here.
         bundles: The calibration bundles that blobs may be decoded with.
@@ -105,21 +103,20 @@ class TransferClient:
     def __init__(
         self,
         config: ConnectorConfig,
-        engine: Engine,
-        cache: PagedCache,
+        cache: EngineCache,
         stages: frozenset[str],
         bundles: BundleBook,
         coders: Executor,
         report: Callable[[Outcome], None],
     ) -> None:
         self._config = config
-        self._engine = engine
         self._cache = cache
+        self._form = cache.form
         self._stages = stages
         self._bundles = bundles
         self._coders = coders
         self._report = report
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout, bundles.find)
+        self._coder = ChunkCoder(cache.form, bundles.find)
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
         self._lock = threading.Lock()
         self._active: dict[str, _Active] = {}
@@ -158,9 +155,7 @@ class TransferClient:
             self._idle.popleft()[2].close()
 
     def _run(self, load: Load, active: _Active, deadline_s: float) -> None:
-        outcome = Outcome(
-            load=load, native_bytes=self._engine.layout.native_bytes(len(load.tokens))
-        )
+        outcome = Outcome(load=load, native_bytes=self._form.native_bytes(load.tokens))
         started_s = time.monotonic()
         try:
             with tracing.span(SPAN_TRANSFER, load.remote.traceparent) as span:
@@ -193,7 +188,7 @@ class TransferClient:
         outcome.accept = accept
         received_before = frames.received_bytes
         try:
-            check_cover(accept.chunks, self._engine.layout, load.tokens)
+            check_form(accept.chunks, self._form, load.tokens)
             self._receive(frames, load, accept, active, outcome)
             outcome.end = End.parse(self._message(frames, Kind.END))
             frames.send(pack_header(Kind.DONE, 0))
@@ -249,8 +244,9 @@ class TransferClient:
             request_id=load.remote.request_id,
             tokens=load.tokens,
             prompt_digest=load.prompt_digest,
-            fingerprint=self._engine.fingerprint,
-            layout=self._engine.layout,
+            fingerprint=self._form.fingerprint,
+            layout=self._form.layout,
+            blocks=self._form.blocks,
             stages=self._stages,
             bundles=self._bundles.ready,
             budget_s=left_s,
@@ -320,7 +316,7 @@ class TransferClient:
     def _decode(self, blob: bytearray, chunk: Chunk, load: Load) -> float:
         start_s = time.perf_counter()
         keys, values = self._coder.decode(blob, chunk)
-        self._cache.write(chunk.layers, chunk.tokens, load.block_ids, keys, values)
+        self._cache.write(chunk, load.block_ids, keys, values)
         return time.perf_counter() - start_s
 
     def _release(self, remote: Remote) -> None:

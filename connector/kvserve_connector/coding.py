@@ -9,8 +9,9 @@ import torch
 
 from kvserve_api.errors import ValuesError
 from kvserve_api.profile_set import NONE
-from kvserve_api.wire import KVLayout
-from kvserve_connector.chunks import Chunk, plan
+from kvserve_api.wire import BYTES
+from kvserve_connector.chunks import Chunk, plan_form
+from kvserve_connector.form import Form
 from kvserve_strategies import Expectation, Pipeline, decode_blob, encode_blob, preset
 from kvserve_strategies.bundle import Bundle
 from kvserve_strategies.registry import STAGES
@@ -42,24 +43,38 @@ class ChunkCoder:
     """Codes the chunks of one model's KV; safe from any thread.
 
     Args:
-        fingerprint: Identity of the model.
-        layout: Form of its cache.
+        form: How its cache is cut.
         find_bundle: Returns a calibration bundle that blobs may be decoded with now.
     """
 
-    def __init__(self, fingerprint: str, layout: KVLayout, find_bundle: FindBundle) -> None:
-        self._fingerprint = fingerprint
-        self._layout = layout
+    def __init__(self, form: Form, find_bundle: FindBundle) -> None:
+        self._form = form
         self._find_bundle = find_bundle
 
     def encode(
-        self, pipeline: Pipeline, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor
+        self,
+        pipeline: Pipeline,
+        chunk: Chunk,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        tokens_after: int = 0,
     ) -> memoryview:
-        """Return the chunk's blob; raw if the strategy refuses these values, like NaN in a lossy one."""
+        """Return the chunk's blob; raw if the strategy refuses these values, like NaN in a lossy one.
+
+        Args:
+            pipeline: The strategy.
+            chunk: What it is.
+            keys: ``[layers, tokens, heads, dim]``.
+            values: The same.
+            tokens_after: How many tokens of the request follow the chunk's.
+        """
+        if self._form.parts[chunk.part].layout.dtype == BYTES and not pipeline.takes_bytes:
+            pipeline = raw_pipeline()
         try:
-            blob = self._encode(pipeline, chunk, keys, values)
+            blob = self._encode(pipeline, chunk, keys, values, tokens_after)
         except ValuesError:
-            blob = self._encode(raw_pipeline(), chunk, keys, values)
+            blob = self._encode(raw_pipeline(), chunk, keys, values, tokens_after)
         return blob
 
     def decode(self, blob: bytearray, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,22 +93,20 @@ class ChunkCoder:
         tokens = range(WARM_UP_TOKENS)
         # not those of `decode`, among which it may not be yet
         own = {} if pipeline.bundle is None else {pipeline.bundle.digest: pipeline.bundle}
-        chunks = plan(self._layout, tokens, 2, layer_multiple=pipeline.layer_step)
-        for chunk in chunks if own else chunks[:1]:
-            shape = (
-                len(chunk.layers),
-                len(chunk.tokens),
-                self._layout.kv_heads,
-                self._layout.head_dim,
-            )
+        chunks = plan_form(self._form, tokens, 2, layer_multiple=pipeline.layer_step)
+        # uncalibrated, what is compiled depends on the dtype only
+        firsts = {self._form.parts[chunk.part].layout.dtype: chunk for chunk in reversed(chunks)}
+        for chunk in chunks if own else firsts.values():
+            layout = self._form.parts[chunk.part].layout
+            shape = (len(chunk.layers), len(chunk.tokens), layout.kv_heads, layout.head_dim)
             ramp = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-            ramp = ramp.to(getattr(torch, self._layout.dtype))
+            ramp = ramp.to(getattr(torch, layout.dtype))
             blob = self.encode(pipeline, chunk, ramp, ramp.flip(1))
             self._decode(bytearray(blob), chunk, own.get)
 
     def max_bytes(self, chunk: Chunk) -> int:
         """Return the most bytes that a chunk's blob may have; more is refused before it is read."""
-        return 2 * chunk.native_bytes(self._layout) + BLOB_SLACK_BYTES
+        return 2 * chunk.native_bytes(self._form.parts[chunk.part].layout) + BLOB_SLACK_BYTES
 
     def _decode(
         self, blob: bytearray, chunk: Chunk, find_bundle: FindBundle
@@ -101,8 +114,8 @@ class ChunkCoder:
         decoded = decode_blob(
             blob,
             expect=Expectation(
-                model_fingerprint=self._fingerprint,
-                layout=self._layout,
+                model_fingerprint=self._form.identities[chunk.part],
+                layout=self._form.parts[chunk.part].layout,
                 layers=chunk.layers,
                 tokens=chunk.tokens,
                 max_bytes=self.max_bytes(chunk),
@@ -112,14 +125,20 @@ class ChunkCoder:
         return decoded.keys, decoded.values
 
     def _encode(
-        self, pipeline: Pipeline, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor
+        self,
+        pipeline: Pipeline,
+        chunk: Chunk,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens_after: int,
     ) -> memoryview:
         return encode_blob(
             pipeline,
             keys,
             values,
-            model_fingerprint=self._fingerprint,
-            layout=self._layout,
+            model_fingerprint=self._form.identities[chunk.part],
+            layout=self._form.parts[chunk.part].layout,
             layers=chunk.layers,
             tokens=chunk.tokens,
+            tokens_after=tokens_after,
         )

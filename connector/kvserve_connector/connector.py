@@ -95,6 +95,10 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if isinstance(address, ServerAddress):
             self._half_of_scheduler.set_address(address)
 
+    def on_new_request(self, request: "Request") -> None:
+        """Leave the end of a prompt to its consumer where the model asks for that."""
+        self._half_of_scheduler.arrived(request)
+
     def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
         """Return all transferred groups: a request's own blocks are fetched."""
         ids: tuple[int, ...] = self._kv_cache_config.transfer_group_ids

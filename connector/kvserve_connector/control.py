@@ -31,7 +31,7 @@ from kvserve_connector.bundles import BundleBook, wanted_by
 from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_connector.selector import Carries, ReadyTable, Selector, carries_all
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class ControlClient:
         dropped: Takes the number of reports that found no room.
         bundles: Where the calibration bundles of tables come from.
         warm_up: Makes a new table's pipelines fast before it is acknowledged.
+        carries: Tells of a pipeline whether it may code this engine's cache.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ControlClient:
         dropped: Callable[[int], None],
         bundles: BundleBook,
         warm_up: Callable[[ReadyTable], None],
+        carries: Carries = carries_all,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -95,6 +97,7 @@ class ControlClient:
         self._dropped = dropped
         self._bundles = bundles
         self._warm_up = warm_up
+        self._carries = carries
         self._reports: deque[pb.TransferReport] = deque(maxlen=MAX_REPORTS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
@@ -238,10 +241,10 @@ class ControlClient:
             return _nack(push, STALE_VERSION, f"version {current.version} is in force")
         try:
             table = table_from_push(push)
-            bundles = self._bundles.obtain(wanted_by(table), abandoned)
+            bundles = self._bundles.obtain(wanted_by(table, self._carries), abandoned)
             # one after the other: the second finds what the first has built
             with self._building:
-                ready = ReadyTable.of(table, bundles)
+                ready = ReadyTable.of(table, bundles, self._carries)
                 self._warm_up(ready)
         except KVServeError as error:
             logger.warning("table %s refused: %s", version, error)

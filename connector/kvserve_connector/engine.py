@@ -1,28 +1,18 @@
-"""What the connector must know of the vLLM engine it lives in, and how to open its KV cache."""
+"""What the connector must know of the vLLM engine it lives in."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from kvserve_api.errors import SpecError, UnsupportedError
-from kvserve_api.wire import KVLayout, model_fingerprint
-from kvserve_connector.layout import (
-    LayerView,
-    PagedCache,
-    Writer,
-    learn_orders,
-    split_content,
-    split_halves,
-)
+from kvserve_api.wire import FLOAT_DTYPES, KVLayout, model_fingerprint
+from kvserve_connector.groups import Group, Opaque, Reach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-CONTENT_BACKENDS = frozenset({"FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"})
-"""Attention backends whose cache holds key then value in the last dimension."""
+HELD_BACK: Final = 1
+"""Tokens that a prefill leaves to its consumer where a layer keeps no more than the next token needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,33 +20,41 @@ class Engine:
     """The facts of one engine that both halves of the connector share.
 
     Attributes:
-        layout: Form of its KV cache.
-        layer_names: Its layers with a KV cache, in model order.
-        block_tokens: Tokens in a block.
+        groups: Its groups of layers with a cache.
+        layout: Form of its KV cache; None unless it is keys and values of one size in all layers.
+        opaque: Why it is not; None if it is.
+        blocks: Blocks of its cache.
+        content: What vLLM says of the content of each group's blocks; equal where blocks mean the same.
         fingerprint: Identity of the model.
         engine_id: Identity of this run of the engine; another after each restart.
+        unsupported: Why nothing of it can be carried; empty if something can.
     """
 
-    layout: KVLayout
-    layer_names: tuple[str, ...]
-    block_tokens: int
+    groups: tuple[Group, ...]
+    layout: KVLayout | None
+    opaque: Opaque | None = None
+    blocks: int = 0
+    content: tuple[str, ...] = ()
     fingerprint: str
     engine_id: str
+    unsupported: str = ""
+
+    @property
+    def held_back(self) -> int:
+        """Tokens at a prompt's end that a prefill does not compute.
+
+        The consumer computes the last token itself, to go on from it. A recurrent state or a window that has moved
+        past that token would be one too far.
+        """
+        return HELD_BACK if any(group.reach != Reach.ALL for group in self.groups) else 0
 
 
 def inspect(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Engine:
-    """Return the engine's facts.
+    """Return the engine's facts; a cache that can't be carried is one of them.
 
     Raises:
-        UnsupportedError: The model or its parallel layout is one that can't be transferred; the text says which.
+        UnsupportedError: The model is split over several workers; the text says how.
     """
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        KVQuantMode,
-        MLAAttentionSpec,
-        iter_layer_specs,
-    )
-
     parallel = vllm_config.parallel_config
     for name in (
         "tensor_parallel_size",
@@ -68,99 +66,103 @@ def inspect(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Engi
             raise UnsupportedError(
                 f"{name} must be 1 with KVServeConnector, is {getattr(parallel, name)}"
             )
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise UnsupportedError(
-            f"a model with {len(groups)} KV cache groups can't be transferred; only full attention in"
-            " all layers is supported"
-        )
-    group = groups[0]
-    specs = set(iter_layer_specs(group.kv_cache_spec))
-    if len(specs) != 1:
-        raise UnsupportedError("all layers must have the same KV heads, head size and dtype")
-    spec: Any = specs.pop()
-    if not isinstance(spec, FullAttentionSpec) or isinstance(spec, MLAAttentionSpec):
-        raise UnsupportedError(
-            f"only full attention can be transferred, this is {type(spec).__name__}"
-        )
-    if spec.kv_quant_mode != KVQuantMode.NONE or spec.state_content_bytes is not None:
-        raise UnsupportedError("a quantised KV cache can't be transferred: use kv_cache_dtype auto")
-    if spec.head_size_v != spec.head_size or spec.num_heads != spec.num_kv_heads:
-        raise UnsupportedError("keys and values must have the same size and one slot for each head")
+    facts: dict[str, Any] = {
+        "fingerprint": model_fingerprint(vllm_config.model_config.hf_config.to_dict()),
+        "engine_id": str(vllm_config.kv_transfer_config.engine_id),
+        "blocks": kv_cache_config.num_blocks,
+    }
     try:
-        layout = KVLayout(
-            layers=len(group.layer_names),
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_size,
-            dtype=str(spec.dtype).removeprefix("torch."),
+        groups = tuple(
+            _group(index, kv_cache_config.kv_cache_groups[index])
+            for index in kv_cache_config.transfer_group_ids
         )
-    except SpecError as error:
-        raise UnsupportedError(f"this KV cache can't be transferred: {error}") from error
+    except UnsupportedError as error:
+        return Engine(groups=(), layout=None, unsupported=str(error), **facts)
+    if not groups:
+        return Engine(groups=(), layout=None, unsupported="it has no KV cache", **facts)
+    specs = [group.kv_cache_spec for group in kv_cache_config.transfer_groups]
+    known = _layout(groups, specs)
     return Engine(
-        layout=layout,
-        layer_names=tuple(sorted(group.layer_names, key=_layer_index)),
-        block_tokens=spec.block_size,
-        fingerprint=model_fingerprint(vllm_config.model_config.hf_config.to_dict()),
-        engine_id=str(vllm_config.kv_transfer_config.engine_id),
+        groups=groups,
+        layout=known if isinstance(known, KVLayout) else None,
+        opaque=known if isinstance(known, Opaque) else None,
+        content=tuple(repr(spec) for spec in specs),
+        **facts,
     )
 
 
-def open_cache(
-    engine: Engine, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
-) -> PagedCache:
-    """View the engine's cache in canonical order.
-
-    Args:
-        engine: The engine's facts.
-        kv_caches: vLLM's tensors by layer name, ``[blocks, heads, block_tokens, 2 * head_dim]``.
-        attention_layers: vLLM's attention layers by name.
+def _group(index: int, group: Any) -> Group:
+    """Read one of vLLM's groups.
 
     Raises:
-        UnsupportedError: The cache has a form that is not known.
+        UnsupportedError: What its blocks hold, or for how long, is not known.
     """
-    missing = [name for name in engine.layer_names if name not in kv_caches]
-    if missing:
-        raise UnsupportedError(f"no KV cache was registered for layer {missing[0]}")
-    layout, step = engine.layout, engine.block_tokens
-    expected = (layout.kv_heads, step, 2 * layout.head_dim)
-    dtype = getattr(torch, layout.dtype)
-    views: list[LayerView] = []
-    orders: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name in engine.layer_names:
-        cache = kv_caches[name]
-        if tuple(cache.shape[1:]) != expected or cache.dtype != dtype:
-            raise UnsupportedError(
-                f"layer {name} has a cache of form {tuple(cache.shape)} {cache.dtype}; known is"
-                f" [blocks, {', '.join(map(str, expected))}] {dtype}"
-            )
-        layer = attention_layers[name]
-        backend = layer.get_attn_backend().get_name()
-        if backend == "CPU_ATTN":
-            isa = str(layer.isa)
-            if isa not in orders:
-                orders[isa] = learn_orders(_cpu_writer(isa), step, layout.head_dim, dtype)
-            views.append(split_halves(cache, layout.head_dim, *orders[isa]))
-        elif backend in CONTENT_BACKENDS:
-            views.append(split_content(cache, layout.head_dim))
-        else:
-            raise UnsupportedError(f"the KV cache of attention backend {backend} is not known")
-    return PagedCache(views, layout, step)
+    from vllm.v1 import kv_cache_interface as vllm
+
+    names = tuple(sorted(group.layer_names, key=_layer_index))
+    specs = {type(spec) for spec in vllm.iter_layer_specs(group.kv_cache_spec)}
+    spec = next(iter(vllm.iter_layer_specs(group.kv_cache_spec)))
+    facts: dict[str, Any] = {
+        "index": index,
+        "layer_names": names,
+        "block_tokens": group.kv_cache_spec.block_size,
+    }
+    # by exact type: what derives from one of these may keep something else
+    if group.host_resident or group.kv_cache_spec.prefix_replay_tokens:
+        pass
+    elif specs <= {vllm.FullAttentionSpec, vllm.MLAAttentionSpec}:
+        return Group(**facts)
+    elif specs <= {vllm.SlidingWindowSpec, vllm.SlidingWindowMLASpec}:
+        spans = {
+            each.sliding_window + each.extra_retained_tokens
+            for each in vllm.iter_layer_specs(group.kv_cache_spec)
+        }
+        return Group(**facts, reach=Reach.WINDOW, span=max(spans))
+    elif specs == {vllm.ChunkedLocalAttentionSpec}:
+        return Group(**facts, reach=Reach.CHUNK, span=spec.attention_chunk_size)
+    elif specs == {vllm.MambaSpec}:
+        return Group(**facts, reach=Reach.STATE, spare_blocks=spec.num_speculative_blocks)
+    kinds = " and ".join(sorted(kind.__name__ for kind in specs))
+    raise UnsupportedError(f"how {kinds} keeps its blocks is not known: {names[0]}")
 
 
-def _cpu_writer(isa: str) -> Writer:
-    """Return vLLM's own write operation for one instruction set."""
-    from vllm import _custom_ops
+def _layout(groups: tuple[Group, ...], group_specs: list[Any]) -> KVLayout | Opaque:
+    """Return the form of a cache of plain keys and values, or why it is none."""
+    from vllm.v1 import kv_cache_interface as vllm
 
-    def write(
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        _custom_ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
-
-    return write
+    specs = {spec for group in group_specs for spec in vllm.iter_layer_specs(group)}
+    if any(isinstance(spec, vllm.MambaSpec) for spec in specs):
+        return Opaque.STATE
+    # what is left are attention's
+    if any(
+        spec.kv_quant_mode != vllm.KVQuantMode.NONE or spec.state_content_bytes is not None
+        for spec in specs
+    ):
+        return Opaque.QUANTISED
+    if any(spec.head_size_v == 0 for spec in specs):
+        return Opaque.MLA
+    if any(group.reach != Reach.ALL for group in groups):
+        return Opaque.WINDOW
+    if len(groups) > 1:
+        return Opaque.GROUPS
+    spec: Any = next(iter(specs))
+    dtype = str(spec.dtype).removeprefix("torch.")
+    heads = (spec.num_heads, spec.head_size_v, spec.tokens_per_state)
+    if (
+        len(specs) > 1
+        or heads != (spec.num_kv_heads, spec.head_size, 1)
+        or dtype not in FLOAT_DTYPES
+    ):
+        return Opaque.UNEVEN
+    try:
+        return KVLayout(
+            layers=len(groups[0].layer_names),
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_size,
+            dtype=dtype,
+        )
+    except SpecError:
+        return Opaque.UNEVEN
 
 
 def _layer_index(name: str) -> tuple[int, ...]:

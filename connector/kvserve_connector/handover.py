@@ -17,7 +17,7 @@ class Lease:
         request_id: The request's name in this engine.
         tokens: Tokens whose KV is there.
         prompt_digest: See `prompt_digest`.
-        block_ids: The request's blocks, in order.
+        block_ids: For each group of the engine the request's blocks, see `kvserve_connector.groups.Group.held`.
         workload: Its workload class.
         model_s: Seconds from its arrival to the end of its prefill.
     """
@@ -25,7 +25,7 @@ class Lease:
     request_id: str
     tokens: int
     prompt_digest: str
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]
     workload: str
     model_s: float
 
@@ -39,7 +39,7 @@ class Load:
         remote: Where its KV is.
         tokens: Which tokens are wanted; those before are here already.
         prompt_digest: See `prompt_digest`.
-        block_ids: The request's blocks here, from its first token on.
+        block_ids: The request's blocks here, likewise.
         workload: Its workload class.
     """
 
@@ -47,7 +47,7 @@ class Load:
     remote: Remote
     tokens: range
     prompt_digest: str
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]
     workload: str
 
 

@@ -85,8 +85,38 @@ class PermutedView:
         halves[:, 1, self.value_order[span]] = values.transpose(0, 1).flatten(1)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """A layer whose blocks are bytes; a block is one row of two halves, zeros after its end.
+
+    Attributes:
+        blocks: ``[blocks, …]``, any dtype and strides.
+        heads: Heads of a half.
+        dim: Bytes of a head.
+    """
+
+    blocks: torch.Tensor
+    heads: int
+    dim: int
+
+    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `LayerView`."""
+        content = self.blocks[block_ids].contiguous().flatten(1).view(torch.uint8)
+        halves = torch.zeros(len(block_ids), 2 * self.heads * self.dim, dtype=torch.uint8)
+        halves[:, : content.shape[1]] = content
+        rows = halves.view(len(block_ids), 2, 1, self.heads, self.dim)
+        return rows[:, 0], rows[:, 1]
+
+    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `LayerView`."""
+        target = self.blocks[block]
+        content = torch.cat([keys.flatten(), values.flatten()])
+        nbytes = target.numel() * target.element_size()
+        target.copy_(content[:nbytes].view(target.dtype).view(target.shape))
+
+
 class PagedCache:
-    """All layers of an engine's paged cache, in canonical order.
+    """Layers of an engine's paged cache with one layout, in canonical order; its tokens may be other rows of blocks.
 
     Reading and writing are safe from any thread as long as nobody else writes the same blocks.
     """

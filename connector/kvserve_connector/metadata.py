@@ -20,12 +20,14 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
         loads: Fetches to start.
         releases: Prefills elsewhere that nobody will fetch.
         cancelled: Fetches to stop, because their request was aborted.
+        unserved: Prefills for a consumer that can't be served here.
     """
 
     leases: list[Lease] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     releases: list[Remote] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    unserved: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

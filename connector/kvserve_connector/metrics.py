@@ -15,6 +15,7 @@ from kvserve_api.telemetry import (
     ATTR_PROFILE,
     ATTR_REASON,
     ATTR_STAGE,
+    CACHE_OPAQUE,
     LEASES,
     REPORTS_DROPPED,
     SELECTIONS,
@@ -40,7 +41,7 @@ ROW: Final = (
 
 Data = dict[str, dict[str, Any]]
 """Totals as plain JSON: ``{"rows": {"direction profile": [as ROW]}, "failures": {"direction reason": count},
-"leases": {how it ended: count}}``."""
+"leases": {how it ended: count}, "opaque": {why: 1}}``."""
 
 
 def add_count(data: Data, kind: str, key: str, count: int = 1) -> None:
@@ -73,6 +74,7 @@ class Metrics:
         self._dropped = counter(meter, REPORTS_DROPPED)
         self._lock = threading.Lock()
         self._totals: Data = {}
+        self._opaque = ""
 
         def age(_: CallbackOptions) -> Iterable[Observation]:
             yield Observation(selector.age_s)
@@ -80,6 +82,23 @@ class Metrics:
         meter.create_observable_gauge(
             TABLE_AGE.name, [age], unit=TABLE_AGE.unit, description=TABLE_AGE.description
         )
+
+        def opaque(_: CallbackOptions) -> Iterable[Observation]:
+            if self._opaque:
+                yield Observation(1, {ATTR_REASON: self._opaque})
+
+        meter.create_observable_gauge(
+            CACHE_OPAQUE.name,
+            [opaque],
+            unit=CACHE_OPAQUE.unit,
+            description=CACHE_OPAQUE.description,
+        )
+
+    def opened(self, opaque: str) -> None:
+        """Take note of why the cache is carried as whole blocks, or not at all."""
+        self._opaque = opaque
+        with self._lock:
+            add_count(self._totals, "opaque", opaque)
 
     def take_totals(self) -> Data:
         """Return what was counted since the last call."""

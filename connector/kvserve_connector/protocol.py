@@ -36,6 +36,7 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 MAX_CHUNKS: Final = 8192
 MAX_STAGES: Final = 256
 MAX_BUNDLES: Final = 64
+MAX_PARTS: Final = 1024
 PROTOCOL: Final = 1
 _CRC = struct.Struct("<I")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -118,7 +119,8 @@ class Pull:
         tokens: Which tokens are wanted.
         prompt_digest: What they must have been computed from.
         fingerprint: The consumer's model.
-        layout: Form of the consumer's cache.
+        layout: Form of the consumer's cache, or of its first part.
+        blocks: What the consumer's blocks hold, where they are carried whole; see `kvserve_connector.form.Form`.
         stages: Ids of the stages it can decode.
         bundles: Digests of the calibration bundles that it has ready.
         budget_s: Seconds until it gives up.
@@ -135,14 +137,17 @@ class Pull:
     budget_s: float
     traceparent: str | None
     bundles: frozenset[str] = frozenset()
+    blocks: str = ""
 
     def pack(self) -> bytes:
         """Return the frame."""
         # a producer that knows no bundles must not stumble over a consumer that has none
         bundles = {"bundles": sorted(self.bundles)} if self.bundles else {}
+        blocks = {"blocks": self.blocks} if self.blocks else {}
         return pack_message(
             Kind.PULL,
             bundles
+            | blocks
             | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
@@ -177,6 +182,7 @@ class Pull:
                 ),
                 stages=frozenset(map(_stage, fields.items("stages", max_items=MAX_STAGES))),
                 bundles=frozenset(map(_bundle, fields.items("bundles", [], max_items=MAX_BUNDLES))),
+                blocks=fields.string("blocks", "", max_length=80),
                 budget_s=fields.number("budget_s", minimum=0, maximum=3600),
                 traceparent=fields.string("traceparent", None, max_length=128),
             )
@@ -371,9 +377,13 @@ def _span(value: Any, where: str, maximum: int) -> range:
 
 
 def _chunk(value: Any) -> Chunk:
-    if not isinstance(value, list) or len(value) != 4:
-        raise SpecError("chunks", "must be lists of four integers")
+    if not isinstance(value, list) or len(value) not in (4, 5):
+        raise SpecError("chunks", "must be lists of four or five integers")
+    part = value[4] if len(value) == 5 else 0
+    if type(part) is not int or not 0 <= part <= MAX_PARTS:
+        raise SpecError("chunks.part", f"must be an integer up to {MAX_PARTS}")
     return Chunk(
+        part=part,
         layers=_span(value[:2], "chunks.layers", 65_535),
         tokens=_span(value[2:], "chunks.tokens", MAX_TOKENS),
     )

@@ -4,7 +4,7 @@ The keys are those of vLLM's NIXL connector, so that routers made for it work un
 arrives came through a client, so it is read like any other foreign input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -38,12 +38,12 @@ class Remote:
     tokens: int
     traceparent: str | None = None
 
-    def to_params(self, block_ids: list[int]) -> dict[str, Any]:
+    def to_params(self, block_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the answer's ``kv_transfer_params``; the block ids are there for routers only."""
         params: dict[str, Any] = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_block_ids": [block_ids],
+            "remote_block_ids": [list(ids) for ids in block_ids],
             "remote_engine_id": self.engine_id,
             "remote_request_id": self.request_id,
             "remote_host": self.host,

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_SHORTENED = "kvserve_shortened"
 
 
 class SchedulerHalf:
@@ -54,12 +56,29 @@ class SchedulerHalf:
         """Take note of where the worker half's transfer server listens."""
         self._address = address
 
+    def arrived(self, request: "Request") -> None:
+        """Shorten a prompt that is prefilled for a consumer by what the consumer must compute itself."""
+        held_back = self._engine.held_back
+        params = request.kv_transfer_params
+        if not (self._is_producer and params and params.get("do_remote_decode") is True):
+            return
+        # once only: a request that was preempted arrives again
+        if not held_back or params.get(_SHORTENED) or request.num_prompt_tokens <= held_back:
+            return
+        if not _transferable(request) or request.get_skip_reading_prefix_cache():
+            return
+        params[_SHORTENED] = True
+        del request.prompt_token_ids[-held_back:]
+        del request._all_token_ids[-held_back:]
+        request.num_prompt_tokens -= held_back
+        request.max_tokens = 1
+
     def matched_tokens(self, request: "Request", computed: int) -> tuple[int, bool]:
         """Return how many tokens beyond the computed ones can be fetched, and whether asynchronously."""
         remote = self._remote(request)
         if remote is None or not self._fits(request, remote):
             return 0, False
-        wanted = request.num_prompt_tokens - computed
+        wanted = self._fetchable(request) - computed
         return (wanted, True) if wanted > 0 else (0, False)
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
@@ -73,15 +92,15 @@ class SchedulerHalf:
         if external == 0:
             self._step.releases.append(remote)
             return
-        total = request.num_prompt_tokens
+        total = self._fetchable(request)
         self._loading.add(request.request_id)
         self._step.loads.append(
             Load(
                 request_id=request.request_id,
                 remote=remote,
                 tokens=range(total - external, total),
-                prompt_digest=_digest(request),
-                block_ids=tuple(blocks.get_block_ids()[0]),
+                prompt_digest=_digest(request, total),
+                block_ids=self._held(blocks.get_block_ids(), total),
                 workload=_workload(request),
             )
         )
@@ -106,10 +125,13 @@ class SchedulerHalf:
         )
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         wanted = self._is_producer and params.get("do_remote_decode") is True and whole
-        if not (wanted and tokens and _transferable(request)) or self._address is None:
+        if not (wanted and tokens and _transferable(request)):
             return False, None
-        blocks = block_ids[0][: -(-tokens // self._engine.block_tokens)]
-        return True, self._keep(request, self._address, tokens, blocks).to_params(blocks)
+        if self._address is None:
+            self._step.unserved += 1
+            return False, None
+        held = self._held(block_ids, tokens)
+        return True, self._keep(request, self._address, tokens, held).to_params(held)
 
     def received(self, request_ids: set[str]) -> None:
         """Take note of fetches that ended, well or badly."""
@@ -120,8 +142,21 @@ class SchedulerHalf:
         step, self._step = self._step, StepMetadata()
         return step
 
+    def _held(self, block_ids: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Return for each group that is carried the blocks of a request that holds so many tokens."""
+        return tuple(group.held(block_ids[group.index], tokens) for group in self._engine.groups)
+
+    def _fetchable(self, request: "Request") -> int:
+        """Return how many tokens of a prompt its prefill elsewhere computes."""
+        total: int = request.num_prompt_tokens
+        return max(0, total - self._engine.held_back)
+
     def _keep(
-        self, request: "Request", address: ServerAddress, tokens: int, blocks: list[int]
+        self,
+        request: "Request",
+        address: ServerAddress,
+        tokens: int,
+        held: tuple[tuple[int, ...], ...],
     ) -> Remote:
         """Have the worker keep a finished prefill's blocks; return where they are."""
         now_s = self._now_s()
@@ -130,8 +165,8 @@ class SchedulerHalf:
             Lease(
                 request_id=request.request_id,
                 tokens=tokens,
-                prompt_digest=_digest(request),
-                block_ids=tuple(blocks),
+                prompt_digest=_digest(request, tokens),
+                block_ids=held,
                 workload=_workload(request),
                 model_s=max(0.0, now_s - request.arrival_time),
             )
@@ -159,13 +194,15 @@ class SchedulerHalf:
 
     def _fits(self, request: "Request", remote: Remote) -> bool:
         """Tell whether what waits there can be this request's KV."""
-        if remote.tokens == request.num_prompt_tokens and _transferable(request):
+        fetchable = self._fetchable(request)
+        # of a prompt that is too short to be held back, the prefill holds what is of no use
+        if _transferable(request) and (remote.tokens == fetchable or fetchable == 0):
             return True
         logger.warning(
-            "request %s is computed here: its prefill holds %d tokens, its prompt has %d",
+            "request %s is computed here: its prefill holds %d tokens, of its prompt %d are wanted",
             request.request_id,
             remote.tokens,
-            request.num_prompt_tokens,
+            fetchable,
         )
         return False
 
@@ -175,13 +212,13 @@ def _transferable(request: "Request") -> bool:
     return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
 
 
-def _digest(request: "Request") -> str:
-    """Return the prompt's identity, with everything besides its tokens that its KV depends on."""
+def _digest(request: "Request", tokens: int) -> str:
+    """Return the identity of a prompt's first tokens, with everything besides them that their KV depends on."""
     assert request.prompt_token_ids is not None
     extras = [feature.identifier for feature in request.mm_features or ()]
     if request.lora_request is not None:
         extras.append(request.lora_request.lora_name)
-    return prompt_digest(request.prompt_token_ids, extras)
+    return prompt_digest(request.prompt_token_ids[:tokens], extras)
 
 
 def _workload(request: "Request") -> str:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 from kvserve_api.decision import Decision
 from kvserve_api.errors import StrategyError
@@ -33,6 +33,13 @@ MAX_DECISIONS: Final = 50
 MOST_ALLOWANCE_S: Final = 1e6
 _FREE: Final = StageCost()
 _NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
+Carries: TypeAlias = Callable[[Pipeline], bool]
+"""Tells of a pipeline whether it may code an engine's cache."""
+
+
+def carries_all(pipeline: Pipeline) -> bool:
+    """Let every pipeline code: the cache is plain keys and values."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +69,7 @@ class ReadyTable:
 
     Attributes:
         table: The table.
-        pipelines: For each candidate its pipeline.
+        pipelines: For each candidate that may code this engine's cache its pipeline.
         bundles: Every calibration bundle that they use, by digest.
         views: For each set of stages and bundles a consumer has: the table without what it can't decode. Filled on
             demand.
@@ -74,12 +81,18 @@ class ReadyTable:
     views: dict[tuple[frozenset[str], frozenset[str]], DecisionTable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: DecisionTable, bundles: Mapping[str, Bundle] = _NO_BUNDLES) -> "ReadyTable":
+    def of(
+        cls,
+        table: DecisionTable,
+        bundles: Mapping[str, Bundle] = _NO_BUNDLES,
+        carries: Carries = carries_all,
+    ) -> "ReadyTable":
         """Build what the table needs.
 
         Args:
             table: The table.
             bundles: The calibration bundles that it wants, by digest.
+            carries: Tells of a pipeline whether it may code this engine's cache; candidates that may not are left out.
 
         Raises:
             StrategyError: A strategy can't work here, or not without a bundle.
@@ -87,6 +100,7 @@ class ReadyTable:
         pipelines = {
             name: Pipeline.of(candidate.strategy, bundles.get(candidate.bundle or ""))
             for name, candidate in table.candidates.items()
+            if name == NONE or carries(Pipeline.of(candidate.strategy))
         }
         for name, pipeline in pipelines.items():
             if pipeline.calibrated and pipeline.bundle is None:
@@ -220,7 +234,7 @@ class Selector:
                 self._incumbents.clear()
             self._incumbents[key] = selection.wanted
         if table is not full and selection.profile == NONE:
-            selection = _explain(selection, full)
+            selection = _explain(selection, full, ready.pipelines)
         self.decisions.append(
             Decision(
                 self._wall_s(),
@@ -266,9 +280,12 @@ def _restrict(table: DecisionTable, able: set[str]) -> DecisionTable:
     return replace(table, rules=rules, pinned=pinned, fallback=fallback)
 
 
-def _explain(selection: Selection, full: DecisionTable) -> Selection:
-    """Say that the peer is why, where a fixed profile had to give way to raw."""
+def _explain(
+    selection: Selection, full: DecisionTable, pipelines: Mapping[str, Pipeline]
+) -> Selection:
+    """Say why a fixed profile had to give way to raw: the kind of this cache, or the peer."""
     wanted = {Bound.PINNED: full.pinned, Bound.EXPIRED: full.fallback}.get(selection.bound)
     if wanted is None or wanted == NONE:
         return selection
-    return replace(selection, wanted=wanted, bound=Bound.PEER)
+    bound = Bound.PEER if wanted in pipelines else Bound.OPAQUE
+    return replace(selection, wanted=wanted, bound=bound)

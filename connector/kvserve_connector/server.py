@@ -27,13 +27,12 @@ from kvserve_api.telemetry import (
 )
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
-from kvserve_connector.chunks import Chunk, plan
+from kvserve_connector.cache import EngineCache
+from kvserve_connector.chunks import Chunk, plan_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.engine import Engine
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.handover import Lease
-from kvserve_connector.layout import PagedCache
 from kvserve_connector.leases import SENT, LeaseBook
 from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
@@ -54,7 +53,7 @@ class TransferServer:
 
     Args:
         config: The connector's settings.
-        engine: The engine's facts.
+        engine_id: Identity of this run of the engine.
         cache: The engine's KV cache.
         leases: What may be sent.
         selector: What decides the profile.
@@ -67,8 +66,8 @@ class TransferServer:
     def __init__(
         self,
         config: ConnectorConfig,
-        engine: Engine,
-        cache: PagedCache,
+        engine_id: str,
+        cache: EngineCache,
         leases: LeaseBook,
         selector: Selector,
         links: LinkBook,
@@ -77,14 +76,15 @@ class TransferServer:
         bundles: BundleBook,
     ) -> None:
         self._config = config
-        self._engine = engine
+        self._engine_id = engine_id
         self._cache = cache
+        self._form = cache.form
         self._leases = leases
         self._selector = selector
         self._links = links
         self._coders = coders
         self._metrics = metrics
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout, bundles.find)
+        self._coder = ChunkCoder(cache.form, bundles.find)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
         family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
@@ -136,7 +136,7 @@ class TransferServer:
                     self._answer(frames, peer, Pull.parse(body))
                 elif header.kind == Kind.RELEASE:
                     release = Release.parse(body)
-                    if release.engine_id == self._engine.engine_id:
+                    if release.engine_id == self._engine_id:
                         self._leases.release(release.request_id)
                 else:
                     logger.info("connection from %s ended: %s comes first", peer, header.kind.name)
@@ -183,7 +183,7 @@ class TransferServer:
             self._leases.end(lease.request_id, outcome)
 
     def _claim(self, pull: Pull, frames: FrameSocket) -> Lease:
-        if pull.engine_id != self._engine.engine_id:
+        if pull.engine_id != self._engine_id:
             raise TransferError(
                 TransferReason.EXPIRED, f"engine {pull.engine_id!r} is gone; another runs here"
             )
@@ -191,17 +191,22 @@ class TransferServer:
 
     def _check(self, pull: Pull, lease: Lease) -> None:
         """Refuse a consumer for which these bytes would mean something else."""
-        if pull.fingerprint != self._engine.fingerprint:
+        if pull.fingerprint != self._form.fingerprint:
             raise WireError(WireReason.MODEL_MISMATCH, "the consumer serves another model")
-        if pull.layout != self._engine.layout:
-            raise WireError(WireReason.LAYOUT_MISMATCH, f"here is {self._engine.layout}")
+        if pull.layout != self._form.layout:
+            raise WireError(WireReason.LAYOUT_MISMATCH, f"here is {self._form.layout}")
+        if pull.blocks != self._form.blocks:
+            raise WireError(
+                WireReason.LAYOUT_MISMATCH,
+                "the consumer's blocks hold something else: another vLLM, attention backend or cache dtype",
+            )
         if pull.tokens.stop != lease.tokens or pull.prompt_digest != lease.prompt_digest:
             raise WireError(WireReason.RANGE_MISMATCH, "the consumer's prompt is another one")
 
     def _send(self, frames: FrameSocket, peer: str, pull: Pull, lease: Lease) -> None:
-        layout = self._engine.layout
-        native_bytes = layout.native_bytes(len(pull.tokens))
-        chunks = plan(layout, pull.tokens, self._config.chunk_layers)
+        form = self._form
+        native_bytes = form.native_bytes(pull.tokens)
+        chunks = plan_form(form, pull.tokens, self._config.chunk_layers)
         link = self._links.link(peer)
         coders = self._links.coders
         coders.follow(self._selector.table)
@@ -219,7 +224,9 @@ class TransferServer:
             arrivals.add(time.monotonic(), native_bytes)
         if choice.pipeline.layer_step > 1:
             multiple = choice.pipeline.layer_step
-            chunks = plan(layout, pull.tokens, self._config.chunk_layers, layer_multiple=multiple)
+            chunks = plan_form(
+                form, pull.tokens, self._config.chunk_layers, layer_multiple=multiple
+            )
         self._metrics.selected(choice.selection)
         promise = Promise(
             link=link,
@@ -282,7 +289,7 @@ class TransferServer:
         done = frames.receive_header()
         if done.kind != Kind.DONE or done.length != 0:
             raise WireError(WireReason.MALFORMED, f"expected DONE, got {done.kind.name}")
-        native_bytes = self._engine.layout.native_bytes(len(pull.tokens))
+        native_bytes = self._form.native_bytes(pull.tokens)
         self._metrics.sent(selection.profile, native_bytes, wire_bytes, encode_s)
         tracing.past_span(
             SPAN_ENCODE,
@@ -318,6 +325,8 @@ class TransferServer:
 
     def _encode(self, choice: Choice, lease: Lease, chunk: Chunk) -> tuple[memoryview, float]:
         start_s = time.perf_counter()
-        keys, values = self._cache.read(chunk.layers, chunk.tokens, lease.block_ids)
-        blob = self._coder.encode(choice.pipeline, chunk, keys, values)
+        keys, values = self._cache.read(chunk, lease.block_ids)
+        part = self._form.parts[chunk.part]
+        after = 0 if part.whole_blocks else lease.tokens - chunk.tokens.stop
+        blob = self._coder.encode(choice.pipeline, chunk, keys, values, tokens_after=after)
         return blob, time.perf_counter() - start_s

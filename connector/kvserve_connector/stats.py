@@ -29,7 +29,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
         """Add another interval, or another worker."""
         for key, row in other.data.get("rows", {}).items():
             add_row(self.data, key, row)
-        for kind in ("failures", "leases"):
+        for kind in ("failures", "leases", "opaque"):
             for key, count in other.data.get(kind, {}).items():
                 add_count(self.data, kind, key, count)
         return self
@@ -77,6 +77,11 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             "Prefills whose blocks were kept for a consumer, by how that ended.",
             "reason",
         )
+        self._opaque = self._gauge_cls(
+            name="vllm:kvserve_opaque_cache",
+            documentation="1 where the KV cache is carried as whole blocks, raw or lossless, or not at all.",
+            labelnames=[*self._labelnames, "reason"],
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one interval's totals."""
@@ -88,6 +93,8 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._failures.labels(*engine, *key.split(" ", 1)).inc(count)
         for reason, count in transfer_stats_data.get("leases", {}).items():
             self._leases.labels(*engine, reason).inc(count)
+        for reason in transfer_stats_data.get("opaque", {}):
+            self._opaque.labels(*engine, reason).set(1)
 
     def _counter(self, name: str, description: str, *labels: str) -> Any:
         return self._counter_cls(

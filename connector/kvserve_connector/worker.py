@@ -11,14 +11,16 @@ from typing import Any, Final
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from kvserve_api.errors import SpecError
+from kvserve_api.errors import SpecError, UnsupportedError
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
+from kvserve_connector.cache import EngineCache, open_cache
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control import ControlClient, Identity
-from kvserve_connector.engine import Engine, open_cache
+from kvserve_connector.engine import Engine
+from kvserve_connector.form import Form
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
 from kvserve_connector.metadata import ServerAddress, StepMetadata
@@ -70,9 +72,11 @@ class WorkerHalf:
             self._metrics.reports_dropped,
             self._bundles,
             self._warm_up,
+            self._carries,
         )
         self._coders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kvserve-code")
-        self._coder = ChunkCoder(engine.fingerprint, engine.layout, self._bundles.find)
+        self._form: Form | None = None
+        self._coder: ChunkCoder | None = None
         self._server: TransferServer | None = None
         self._client: TransferClient | None = None
         self._lock = threading.Lock()
@@ -83,13 +87,29 @@ class WorkerHalf:
     def open(
         self, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
     ) -> None:
-        """Take over the engine's cache and begin to serve.
+        """Take over the engine's cache and begin to serve; a cache that can't be carried is served by recomputing.
 
         Raises:
-            UnsupportedError: The cache has a form that is not known.
             SpecError: The transfer server's address is taken or not ours.
         """
-        cache = open_cache(self._engine, kv_caches, attention_layers)
+        try:
+            cache = open_cache(self._engine, kv_caches, attention_layers)
+        except UnsupportedError as error:
+            self._metrics.opened(UnsupportedError.reason)
+            logger.warning("KV is not transferred, every request computes its own: %s", error)
+        else:
+            self._serve(cache)
+        self._control.start()
+
+    def _serve(self, cache: EngineCache) -> None:
+        self._form = cache.form
+        self._coder = ChunkCoder(cache.form, self._bundles.find)
+        if cache.form.opaque is not None:
+            self._metrics.opened(cache.form.opaque)
+            logger.info(
+                "KV is carried as whole blocks, raw or lossless, never by a lossy profile: %s",
+                cache.form.opaque,
+            )
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         # in the thread that will code: torch sets itself up anew in each
         self._coders.submit(self._coder.warm_up, raw_pipeline()).result()
@@ -97,7 +117,7 @@ class WorkerHalf:
             try:
                 self._server = TransferServer(
                     self._config,
-                    self._engine,
+                    self._engine.engine_id,
                     cache,
                     self._leases,
                     self._selector,
@@ -116,14 +136,12 @@ class WorkerHalf:
         if self._is_consumer:
             self._client = TransferClient(
                 self._config,
-                self._engine,
                 cache,
                 known_stages(),
                 self._bundles,
                 self._coders,
                 self._done,
             )
-        self._control.start()
 
     @property
     def address(self) -> ServerAddress | None:
@@ -136,7 +154,17 @@ class WorkerHalf:
         """Start what a step brings; nothing here waits."""
         for lease in step.leases:
             self._leases.add(lease)
-        if self._client is not None:
+        for _ in range(step.unserved):
+            self._metrics.failed("send", UnsupportedError.reason)
+        if self._client is None:
+            # of a cache that can't be carried: computed here
+            for load in step.loads:
+                self._done(
+                    Outcome(
+                        load=load, failure=UnsupportedError.reason, detail="see the log's start"
+                    )
+                )
+        else:
             for load in step.loads:
                 self._client.start(load)
             for remote in step.releases:
@@ -182,8 +210,14 @@ class WorkerHalf:
             if outcome.failure:
                 self._failed.add(request_id)
 
+    def _carries(self, pipeline: Pipeline) -> bool:
+        """Tell whether a pipeline may code this engine's cache; none may if it can't be carried."""
+        return self._form is not None and self._form.carries(pipeline)
+
     def _warm_up(self, ready: ReadyTable) -> None:
         """Code with each pipeline that the last table did not have: tables that only learned something come often."""
+        if self._coder is None:
+            return
         pipelines = tuple(ready.pipelines.values())
         for pipeline in pipelines:
             if not any(pipeline is warm for warm in self._warm):

@@ -249,7 +249,9 @@ def _engine(tensor: torch.Tensor) -> torch.Tensor:
 def _native_dtype(config: Any) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES:
-        raise UnsupportedError(f"KV caches of dtype {dtype} are not profiled; known: {FLOAT_DTYPES}")
+        raise UnsupportedError(
+            f"KV caches of dtype {dtype} are not profiled; known: {FLOAT_DTYPES}"
+        )
     return dtype
 
 

@@ -95,7 +95,8 @@ def encode_blob(
         layout: Of the whole cache.
         layers: Which layers of the cache these are.
         tokens: Which tokens of the request these are.
-        tokens_after: How many tokens of the request follow them, if more are sent; it helps to judge what matters.
+        tokens_after: How many tokens of the request follow them, if more are sent. Importance is judged by it, and the
+            last tokens of a strategy's parts are those of the request, see `StrategyConfig.before`.
 
     Raises:
         ValuesError: The strategy is lossy and can't carry these values; send them by a lossless one.
@@ -104,6 +105,10 @@ def encode_blob(
     bundle = pipeline.bundle
     if bundle is not None:
         check_bundle(bundle, model_fingerprint, layout)
+    config = pipeline.config.before(tokens_after)
+    if config is not pipeline.config:
+        pipeline = Pipeline.of(config, bundle)
+        bundle = pipeline.bundle
     header = BlobHeader(
         strategy=pipeline.config,
         bundle=None if bundle is None else bundle.digest,

@@ -139,7 +139,7 @@ def outcome(failure: str = "") -> Outcome:
         remote=remote,
         tokens=range(5),
         prompt_digest="d",
-        block_ids=(1,),
+        block_ids=((1,),),
         workload="chat",
     )
     return Outcome(load=load, native_bytes=LAYOUT.native_bytes(5), wire_s=0.5, failure=failure)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvserve_api.errors import UnsupportedError
 from kvserve_api.wire import KVLayout
-from kvserve_connector.engine import _cpu_writer
+from kvserve_connector.cache import _cpu_writer
 from kvserve_connector.layout import (
     LayerView,
     PagedCache,

@@ -26,7 +26,7 @@ def lease(request_id: str = "a") -> Lease:
         request_id=request_id,
         tokens=4,
         prompt_digest="d",
-        block_ids=(1,),
+        block_ids=((1,),),
         workload="default",
         model_s=0.0,
     )

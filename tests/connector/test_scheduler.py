@@ -80,7 +80,7 @@ def test_finished_prefill_is_kept_and_offered() -> None:
     assert params["remote_num_tokens"] == 37
     (lease,) = half.take_step().leases
     # 37 tokens are in three blocks of 16; the fourth holds none of them
-    assert lease.block_ids == (5, 6, 7)
+    assert lease.block_ids == ((5, 6, 7),)
     assert (lease.tokens, lease.workload, lease.model_s) == (37, "chat", 2.0)
     assert lease.prompt_digest == prompt_digest(range(37))
     assert half.take_step().leases == []
@@ -112,7 +112,7 @@ def test_offered_kv_is_fetched_once(computed: int) -> None:
     half.allocated(request, blocks(3, 4, 9), 37 - computed)
     (load,) = half.take_step().loads
     assert load.tokens == range(computed, 37)
-    assert load.block_ids == (3, 4, 9)
+    assert load.block_ids == ((3, 4, 9),)
     assert load.remote.request_id == "remote"
     assert load.prompt_digest == prompt_digest(range(37))
     half.allocated(request, blocks(3, 4, 9), 0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hostile_proxy import HostileProxy
-from kv_loopback import BLOCK, ENGINE, LAYOUT, Pair, make_cache, pair
-from kvserve_connector.layout import PagedCache
+from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, Pair, make_cache, pair
+from kvserve_api.strategy import Part, StrategyConfig
 from kvserve_connector.protocol import Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
@@ -26,15 +26,15 @@ LAYERS = range(LAYOUT.layers)
 
 def same(both: Pair, tokens: range) -> bool:
     """Tell whether the target holds what the source held."""
-    ours = both.source.read(LAYERS, tokens, FROM)
-    theirs = both.target.read(LAYERS, tokens, TO)
+    ours = both.source.read_tokens(LAYERS, tokens, FROM)
+    theirs = both.target.read_tokens(LAYERS, tokens, TO)
     return torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-def blank(cache: PagedCache, block: int) -> bool:
+def blank(cache: LoopbackCache, block: int) -> bool:
     """Tell whether a block was never written."""
     tokens = range(block * BLOCK, (block + 1) * BLOCK)
-    keys, values = cache.read(LAYERS, tokens, tuple(range(32)))
+    keys, values = cache.read_tokens(LAYERS, tokens, tuple(range(32)))
     return not keys.any() and not values.any()
 
 
@@ -75,7 +75,7 @@ def test_pinned_profile_is_used(name: str) -> None:
             assert same(both, range(80))
         else:
             ours, theirs = (
-                cache.read(LAYERS, range(80), ids)[0].float()
+                cache.read_tokens(LAYERS, range(80), ids)[0].float()
                 for cache, ids in ((both.source, FROM), (both.target, TO))
             )
             assert 0 < (ours - theirs).abs().max() < 0.05
@@ -113,8 +113,8 @@ def test_calibrated_profile_crosses(bundle: Bundle) -> None:
         assert spans == [(0, 3), (3, 6), (6, 7)]
         assert outcome.wire_bytes < outcome.native_bytes
         for ours, theirs in zip(
-            both.source.read(LAYERS, range(70), FROM),
-            both.target.read(LAYERS, range(70), TO),
+            both.source.read_tokens(LAYERS, range(70), FROM),
+            both.target.read_tokens(LAYERS, range(70), TO),
             strict=True,
         ):
             assert torch.equal(ours[:, :4], theirs[:, :4])
@@ -155,12 +155,12 @@ def test_values_a_strategy_refuses_go_raw() -> None:
     """A chunk with NaN in it, which a lossy strategy can't carry, arrives exactly."""
     with pair() as both:
         both.selector.install(ReadyTable.of(table(pinned="int4-token")))
-        keys, values = both.source.read(LAYERS, range(32), FROM)
+        keys, values = both.source.read_tokens(LAYERS, range(32), FROM)
         keys[0, 3, 0, 0] = float("nan")
-        both.source.write(LAYERS, range(32), FROM, keys, values)
+        both.source.write_tokens(LAYERS, range(32), FROM, keys, values)
         both.lease("a", 32, FROM)
         assert both.fetch(both.load("a", range(32), TO)).failure == ""
-        found = both.target.read(range(1), range(32), TO)[0]
+        found = both.target.read_tokens(range(1), range(32), TO)[0]
         assert torch.equal(found.view(torch.int16), keys[:1].view(torch.int16))
 
 
@@ -189,12 +189,17 @@ def test_dead_connection_is_replaced() -> None:
     ("change", "reason"),
     [
         pytest.param({"fingerprint": "sha256:" + "1" * 64}, "ModelMismatch", id="model"),
-        pytest.param({"layout": replace(LAYOUT, kv_heads=4)}, "LayoutMismatch", id="layout"),
+        pytest.param(
+            {"parts": (replace(FORM.parts[0], layout=replace(LAYOUT, kv_heads=4)),)},
+            "LayoutMismatch",
+            id="layout",
+        ),
+        pytest.param({"blocks": "sha256:" + "2" * 64}, "LayoutMismatch", id="blocks"),
     ],
 )
 def test_another_model_is_refused(change: dict[str, str], reason: str) -> None:
     """A consumer of another model or layout gets nothing, and the producer's blocks are free."""
-    with pair(engine=replace(ENGINE, **change)) as both:  # type: ignore[arg-type]
+    with pair(form=replace(FORM, **change)) as both:  # type: ignore[arg-type]
         both.lease("a", 20, FROM)
         outcome = both.fetch(both.load("a", range(20), TO))
         assert outcome.failure == "PeerRefused"
@@ -273,7 +278,9 @@ def test_every_flipped_byte_is_found() -> None:
             size = proxy.forwarded
         reasons = set()
         for index, at in enumerate(range(0, size, size // 40)):
-            both.target.write(LAYERS, range(40), TO, *make_cache().read(LAYERS, range(40), TO))
+            both.target.write_tokens(
+                LAYERS, range(40), TO, *make_cache().read_tokens(LAYERS, range(40), TO)
+            )
             both.lease(f"r{index}", 40, FROM)
             with HostileProxy(both.server.port, flip_at=at) as proxy:
                 load = both.load(f"r{index}", range(40), TO, port=proxy.port)
@@ -305,9 +312,9 @@ def test_broken_links_end_in_bounded_time(
         assert outcome.failure == reason
         assert outcome.total_s < most_s
         # whatever was in the air is gone; nothing writes into the cache after the outcome
-        before = both.target.read(LAYERS, range(80), TO)[0]
+        before = both.target.read_tokens(LAYERS, range(80), TO)[0]
         time.sleep(0.2)
-        assert torch.equal(before, both.target.read(LAYERS, range(80), TO)[0])
+        assert torch.equal(before, both.target.read_tokens(LAYERS, range(80), TO)[0])
     ended, _ = both.ended(5)
     assert ended == {"a"}
 
@@ -408,3 +415,29 @@ def test_a_hundred_transfers_leave_nothing() -> None:
         assert sum(1 for outcome in both.outcomes if outcome.failure) == 10
         # eight pulling threads, as many serving ones at most, and the two that code
         assert threading.active_count() <= before + 18
+
+
+def test_chunks_know_how_far_the_request_goes_on() -> None:
+    """Of a transfer in several chunks of tokens, only the request's last 10 tokens arrive as they were."""
+    raw, levels = PRESETS["none"].parts[0].chain, PRESETS["int4-token"].parts[0].chain
+    apart = StrategyConfig(
+        parts=(Part(kind="kv", chain=raw, tokens="-10:"), Part(kind="kv", chain=levels))
+    )
+    candidates = {"none": candidate("none"), "int4-token": candidate("int4-token", strategy=apart)}
+    made = table(*candidates, candidates=candidates, pinned="int4-token")
+    with pair() as both, pytest.MonkeyPatch.context() as patch:
+        # a token of one layer has 128 bytes: 32 tokens make a chunk, and the last one holds 8
+        patch.setattr("kvserve_connector.chunks.MAX_CHUNK_BYTES", 4096)
+        patch.setattr("kvserve_connector.form.TOKEN_STEP", 16)
+        both.selector.install(ReadyTable.of(made))
+        both.lease("a", 72, FROM)
+        outcome = both.fetch(both.load("a", range(72), TO))
+        assert outcome.failure == ""
+        assert outcome.accept is not None
+        assert {chunk.tokens for chunk in outcome.accept.chunks} >= {range(32, 64), range(64, 72)}
+    ours, theirs = (
+        cache.read_tokens(LAYERS, range(72), ids)[0]
+        for cache, ids in ((both.source, FROM), (both.target, TO))
+    )
+    exact = [torch.equal(ours[:, token], theirs[:, token]) for token in range(72)]
+    assert exact == [False] * 62 + [True] * 10

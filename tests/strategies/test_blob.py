@@ -13,6 +13,7 @@ from tests.strategies.laws import PLAIN_PRESETS, bits, sample
 
 from kvserve_api.errors import SpecError, StrategyError, WireError, WireReason
 from kvserve_api.profile_set import NONE
+from kvserve_api.strategy import Kind, Part, StrategyConfig
 from kvserve_api.wire import (
     ALIGNMENT,
     MAX_HEADER_NBYTES,
@@ -317,12 +318,18 @@ def test_bytes_are_carried_as_they_are_or_refused(name: str) -> None:
         torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(2)
     )
     # in the midst of the model: some peers keep its ends as they are
-    piece = {"layers": range(3, 6), "tokens": range(7, 12)}
+    layers, tokens = range(3, 6), range(7, 12)
     pipeline = Pipeline.of(PRESETS[name])
 
     def encode() -> memoryview:
         return encode_blob(
-            pipeline, keys, values, model_fingerprint=FINGERPRINT, layout=BYTES_LAYOUT, **piece
+            pipeline,
+            keys,
+            values,
+            model_fingerprint=FINGERPRINT,
+            layout=BYTES_LAYOUT,
+            layers=layers,
+            tokens=tokens,
         )
 
     if not pipeline.takes_bytes:
@@ -331,8 +338,58 @@ def test_bytes_are_carried_as_they_are_or_refused(name: str) -> None:
         return
     assert name == NONE
     blob = encode()
-    expect = dataclasses.replace(EXPECT, layout=BYTES_LAYOUT, **piece)
+    expect = dataclasses.replace(EXPECT, layout=BYTES_LAYOUT, layers=layers, tokens=tokens)
     decoded = decode_blob(blob, expect=expect)
     assert torch.equal(decoded.keys, keys)
     assert torch.equal(decoded.values, values)
-    assert len(blob) <= max_blob_nbytes(pipeline, layout=BYTES_LAYOUT, **piece)
+    assert len(blob) <= max_blob_nbytes(pipeline, layout=BYTES_LAYOUT, layers=layers, tokens=tokens)
+
+
+def ends_apart(last: int) -> StrategyConfig:
+    """Return a strategy of 4 bits that sends the last tokens as they are."""
+    raw, levels = PRESETS[NONE].parts[0].chain, PRESETS["int4-token"].parts[0].chain
+    return StrategyConfig(
+        parts=(
+            Part(kind="kv", chain=raw, tokens=f"-{last}:"),
+            Part(kind="kv", chain=levels),
+        )
+    )
+
+
+@pytest.mark.parametrize("cuts", [(40,), (20, 40), (16, 32, 40), (35, 40), (1, 2, 38, 40)], ids=str)
+def test_a_requests_last_tokens_are_those_of_its_end(cuts: tuple[int, ...]) -> None:
+    """However a request is cut into pieces, exactly the last 12 tokens of it are kept as they are."""
+    keys, values = (sample("gauss", seed, (6, 40, 2, 8), torch.bfloat16) for seed in (1, 2))
+    pipeline = Pipeline.of(ends_apart(12))
+    exact: list[bool] = []
+    for start, stop in zip((0, *cuts), cuts, strict=False):
+        piece = (keys[:, start:stop], values[:, start:stop])
+        blob = encode_blob(
+            pipeline,
+            *piece,
+            model_fingerprint=FINGERPRINT,
+            layout=LAYOUT,
+            layers=range(6),
+            tokens=range(start, stop),
+            tokens_after=40 - stop,
+        )
+        expect = dataclasses.replace(EXPECT, layers=range(6), tokens=range(start, stop))
+        decoded = decode_blob(blob, expect=expect)
+        exact += [torch.equal(decoded.keys[:, t], piece[0][:, t]) for t in range(stop - start)]
+    assert exact == [False] * 28 + [True] * 12
+
+
+def test_a_strategy_that_needs_its_ends_keeps_them() -> None:
+    """Where the parts after the last tokens' would cover nothing without it, each piece keeps its own last tokens."""
+    raw = PRESETS[NONE].parts[0].chain
+    config = StrategyConfig(
+        parts=(
+            Part(kind=Kind.KEYS, chain=raw, tokens="-4:"),
+            Part(kind="kv", chain=raw),
+            Part(kind=Kind.KEYS, chain=raw),
+            Part(kind=Kind.VALUES, chain=raw),
+        )
+    )
+    assert config.before(3).parts[0].tokens == "-1:"
+    assert config.before(100) is config
+    assert config.before(0) is config

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,10 +11,14 @@ import torch
 
 from kvserve_api.wire import KVLayout
 from kvserve_connector.bundles import BundleBook
+from kvserve_connector.cache import EngineCache
+from kvserve_connector.chunks import Chunk
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.engine import Engine
+from kvserve_connector.form import Form, Part
+from kvserve_connector.groups import Group
 from kvserve_connector.handover import Lease, Load
 from kvserve_connector.layout import PagedCache, split_content
 from kvserve_connector.leases import LeaseBook
@@ -27,16 +31,44 @@ from kvserve_strategies import Pipeline
 
 BLOCK = 16
 LAYOUT = KVLayout(layers=7, kv_heads=2, head_dim=16, dtype="bfloat16")
-ENGINE = Engine(
-    layout=LAYOUT,
+GROUP = Group(
+    index=0,
     layer_names=tuple(f"layers.{index}" for index in range(LAYOUT.layers)),
     block_tokens=BLOCK,
+)
+ENGINE = Engine(
+    groups=(GROUP,),
+    layout=LAYOUT,
     fingerprint="sha256:" + "0" * 64,
     engine_id="producer-1",
 )
+FORM = Form(
+    fingerprint=ENGINE.fingerprint, parts=(Part(layout=LAYOUT, group=GROUP, block_rows=BLOCK),)
+)
 
 
-def make_cache(blocks: int = 32, *, seed: int | None = None) -> PagedCache:
+class LoopbackCache(EngineCache):
+    """A cache of one part, read and written by its layers and tokens."""
+
+    def read_tokens(
+        self, layers: range, tokens: range, block_ids: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of a request with these blocks."""
+        return self.read(Chunk(layers=layers, tokens=tokens), (block_ids,))
+
+    def write_tokens(
+        self,
+        layers: range,
+        tokens: range,
+        block_ids: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Write keys and values of a request with these blocks."""
+        self.write(Chunk(layers=layers, tokens=tokens), (block_ids,), keys, values)
+
+
+def make_cache(blocks: int = 32, *, seed: int | None = None, form: Form = FORM) -> LoopbackCache:
     """Make a cache with random content, or zeros without a seed."""
     shape = (blocks, LAYOUT.kv_heads, BLOCK, 2 * LAYOUT.head_dim)
     generator = torch.Generator().manual_seed(seed or 0)
@@ -46,7 +78,8 @@ def make_cache(blocks: int = 32, *, seed: int | None = None) -> PagedCache:
         else torch.randn(shape, generator=generator).to(torch.bfloat16)
         for _ in range(LAYOUT.layers)
     ]
-    return PagedCache([split_content(t, LAYOUT.head_dim) for t in layers], LAYOUT, BLOCK)
+    views = [split_content(t, LAYOUT.head_dim) for t in layers]
+    return LoopbackCache(form, [PagedCache(views, LAYOUT, BLOCK)])
 
 
 @dataclass
@@ -56,8 +89,8 @@ class Pair:
     config: ConnectorConfig
     server: TransferServer
     client: TransferClient
-    source: PagedCache
-    target: PagedCache
+    source: LoopbackCache
+    target: LoopbackCache
     leases: LeaseBook
     links: LinkBook
     selector: Selector
@@ -69,7 +102,7 @@ class Pair:
 
     def warm_up(self, pipeline: Pipeline) -> None:
         """Compile all that a pipeline needs."""
-        ChunkCoder(ENGINE.fingerprint, LAYOUT, self.producer_bundles.find).warm_up(pipeline)
+        ChunkCoder(FORM, self.producer_bundles.find).warm_up(pipeline)
 
     def lease(self, request_id: str, tokens: int, block_ids: tuple[int, ...]) -> Lease:
         """Hold a prefill."""
@@ -77,7 +110,7 @@ class Pair:
             request_id=request_id,
             tokens=tokens,
             prompt_digest="d" * 32,
-            block_ids=block_ids,
+            block_ids=(block_ids,),
             workload="default",
             model_s=0.5,
         )
@@ -107,7 +140,7 @@ class Pair:
             remote=remote,
             tokens=tokens,
             prompt_digest=prompt_digest,
-            block_ids=block_ids,
+            block_ids=(block_ids,),
             workload="default",
         )
 
@@ -144,8 +177,8 @@ class Pair:
 
 
 @contextmanager
-def pair(*, engine: Engine = ENGINE, lease_s: float = 30.0, **settings: float) -> Iterator[Pair]:
-    """Start both ends; ``engine`` is the consumer's."""
+def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: float) -> Iterator[Pair]:
+    """Start both ends; ``form`` is what the consumer believes of its cache."""
     config = replace(
         ConnectorConfig(
             listen_host="127.0.0.1", listen_port=0, timeout_s=5.0, stall_s=1.0, chunk_layers=2
@@ -156,17 +189,16 @@ def pair(*, engine: Engine = ENGINE, lease_s: float = 30.0, **settings: float) -
     metrics = Metrics(selector)
     leases = LeaseBook(lease_s)
     links = LinkBook()
-    source, target = make_cache(seed=7), make_cache()
+    source, target = make_cache(seed=7), make_cache(form=form)
     ours = BundleBook(None, ENGINE.fingerprint, ENGINE.layout)
-    theirs = BundleBook(None, engine.fingerprint, engine.layout)
+    theirs = BundleBook(None, form.fingerprint, form.layout)
     encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     server = TransferServer(
-        config, ENGINE, source, leases, selector, links, encoders, metrics, ours
+        config, ENGINE.engine_id, source, leases, selector, links, encoders, metrics, ours
     )
     made: list[Pair] = []
     client = TransferClient(
         config,
-        engine,
         target,
         known_stages(),
         theirs,

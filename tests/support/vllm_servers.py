@@ -26,15 +26,11 @@ def free_port() -> int:
 
 
 def make_model(folder: Path) -> Path:
-    """Write a random Llama of 4 layers whose tokens are the words ``w0`` to ``w511``."""
+    """Write a random Llama of 4 layers; see `write_tokenizer`."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = {f"w{index}": index for index in range(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    write_tokenizer(folder)
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=WORDS,
@@ -52,6 +48,17 @@ def make_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are the words ``w0`` to ``w511``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{index}": index for index in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
 
 
 def make_prompt(tokens: int, seed: int) -> str:
@@ -143,16 +150,18 @@ class Plan:
     """How to start a server.
 
     Attributes:
-        role: ``kv_producer`` or ``kv_consumer``.
+        role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
         core: The one core it may use.
         extra: Its ``kv_connector_extra_config``.
         prefix_caching: Keep blocks of finished requests for later ones.
+        arguments: More arguments, which override ours.
     """
 
     role: str
     core: int
     extra: Mapping[str, Any] = field(default_factory=dict)
     prefix_caching: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 def start(plan: Plan, model: Path, folder: Path) -> Server:
@@ -189,6 +198,7 @@ def start(plan: Plan, model: Path, folder: Path) -> Server:
         "--kv-cache-memory-bytes", "67108864",
         "--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching",
         "--kv-transfer-config", json.dumps(transfer),
+        *plan.arguments,
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -305,7 +305,9 @@ def _layout(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> KVL
 def _native_dtype(config: Any) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in FLOAT_DTYPES:
-        raise UnsupportedError(f"KV caches of dtype {dtype} can't be calibrated; known: {FLOAT_DTYPES}")
+        raise UnsupportedError(
+            f"KV caches of dtype {dtype} can't be calibrated; known: {FLOAT_DTYPES}"
+        )
     return dtype
 
 
