@@ -56,7 +56,7 @@ def test_what_is_no_covariance() -> None:
 
 def test_scales() -> None:
     """Alike channels fill int8 to alike deviations; one of a small part in the result gets less of it, but not none."""
-    deviation = np.arange(1.0, 9.0)
+    deviation = np.arange(1.0, 9.0, dtype=np.float64)
     reach = input_scales(np.ones((3, 8)) / deviation, deviation) * deviation
     np.testing.assert_allclose(reach, reach[0])
     assert 127 / 3 < reach[0] < 127

@@ -1,6 +1,5 @@
 """The linear transform on the CPU: by the native library where processor and library have it, else portable."""
 
-
 import numpy as np
 from numpy.typing import NDArray
 

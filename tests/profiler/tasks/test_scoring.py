@@ -33,8 +33,9 @@ def whole(model: Model, text: str, tokens: int) -> list[int]:
 class Fake:
     """A reader whose most likely successor of a letter is the next one of the alphabet."""
 
-    lead = ()
-    max_positions = 64
+    def __init__(self) -> None:
+        self.lead: tuple[int, ...] = ()
+        self.max_positions: int | None = 64
 
     def tokenise(self, text: str) -> list[int]:
         """Return the bytes."""
