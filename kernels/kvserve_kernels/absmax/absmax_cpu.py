@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from kvserve_kernels.bits import narrow, widen
 from kvserve_kernels.jit import njit
+from kvserve_kernels.native import Simd, coder, simd
 
 # A peak too small to have a float32 reciprocal is coded as zeros: the error is below it.
 _LEAST_PEAK = np.float32(1e-34)
@@ -52,7 +53,14 @@ def encode(x: NDArray[Any], bins: int) -> tuple[NDArray[np.uint8], NDArray[Any]]
     """
     codes = np.empty(x.shape, np.uint8)
     peaks = np.empty(x.shape[0], x.dtype)
-    _encode(x, np.float32(bins // 2 - 1), codes, peaks)
+    top, level, library = bins // 2 - 1, simd(), coder()
+    if library is None or level == Simd.NUMBA:
+        _encode(x, np.float32(top), codes, peaks)
+    else:
+        x = np.ascontiguousarray(x)
+        library.kvserve_absmax_encode(
+            int(level), x.ctypes.data, *x.shape, top, codes.ctypes.data, peaks.ctypes.data, x.dtype == np.uint16
+        )  # fmt: skip
     return codes, peaks
 
 

@@ -35,6 +35,8 @@ _SIGNATURES: Final = {
     "kvserve_fused_decode": (_INT, (_INT, _INT, _P, _P, _I64, _P, _P, _I64)),
     "kvserve_fused_encode_runs": (_INT, (_INT, _INT, _P, _P, _P, _I64, _P, _P, _P)),
     "kvserve_fused_decode_runs": (_INT, (_INT, _INT, _P, _P, _P, _I64, _P, _P, _P)),
+    "kvserve_spreads": (None, (_P, _I64, _I64, _P, _P)),
+    "kvserve_absmax_encode": (None, (_INT, _P, _I64, _I64, ctypes.c_float, _P, _P, _INT)),
     "kvserve_finite": (_INT, (_P, _I64, _INT)),
 }  # fmt: skip
 

@@ -116,3 +116,28 @@ void kvserve_histograms(
             own[(t & (ways - 1)) * width + row[t] - least]++;
     }
 }
+
+/* Write the sum of magnitudes of each channel; extremes[0] gets the least value of all, extremes[1] the greatest. */
+void kvserve_spreads(
+    const int16_t *values, int64_t channels, int64_t tokens, int64_t *sums, int16_t *extremes)
+{
+    int16_t least = INT16_MAX, most = INT16_MIN;
+    for (int64_t c = 0; c < channels; c++) {
+        const int16_t *row = values + c * tokens;
+        int64_t total = 0;
+        for (int64_t first = 0; first < tokens; first += 4096) {
+            const int64_t stop = tokens - first < 4096 ? tokens : first + 4096;
+            int32_t sum = 0;
+            for (int64_t t = first; t < stop; t++) {
+                const int32_t v = row[t];
+                sum += v < 0 ? -v : v;
+                least = row[t] < least ? row[t] : least;
+                most = row[t] > most ? row[t] : most;
+            }
+            total += sum;
+        }
+        sums[c] = total;
+    }
+    extremes[0] = least;
+    extremes[1] = most;
+}

@@ -90,8 +90,7 @@ def assign(values: NDArray[np.int16], max_tables: int) -> NDArray[np.uint8]:
     """
     channels = values.shape[0]
     count = max(1, min(max_tables, values.size // _VALUES_PER_TABLE, channels))
-    spreads = np.empty(channels, np.int64)
-    _spreads(values, spreads)
+    spreads, _ = _survey(values)
     tables = np.empty(channels, np.uint8)
     tables[np.argsort(spreads, kind="stable")] = np.arange(channels) * count // channels
     return tables
@@ -99,7 +98,7 @@ def assign(values: NDArray[np.int16], max_tables: int) -> NDArray[np.uint8]:
 
 def build(values: NDArray[np.int16], tables: NDArray[np.uint8]) -> list[Model]:
     """Return one model for each table, fitted to the channels that use it."""
-    least, most = _extremes(values)
+    _, (least, most) = _survey(values)
     width = int(most) - int(least) + 1
     ways = 8 if width <= _NARROW else 2
     counts = np.zeros((int(tables.max()) + 1, ways, width), np.int64)
@@ -114,6 +113,20 @@ def build(values: NDArray[np.int16], tables: NDArray[np.uint8]) -> list[Model]:
     return [_fit(row, int(least)) for row in counts.sum(axis=1)]
 
 
+def _survey(values: NDArray[np.int16]) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+    """Return the sum of magnitudes of each channel, and the least and the greatest value of all."""
+    spreads, extremes = np.empty(values.shape[0], np.int64), np.empty(2, np.int16)
+    library = coder()
+    if library is None or simd() == Simd.NUMBA:
+        _spreads(values, spreads)
+        extremes[:] = _extremes(values)
+    else:
+        library.kvserve_spreads(
+            values.ctypes.data, *values.shape, spreads.ctypes.data, extremes.ctypes.data
+        )
+    return spreads, extremes
+
+
 def _fit(counts: NDArray[np.int64], least: int) -> Model:
     """Return the cheapest model for counts of the values from ``least`` on.
 
@@ -122,6 +135,10 @@ def _fit(counts: NDArray[np.int64], least: int) -> Model:
     """
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
+    if last - first < MAX_SYMBOLS:
+        # what fits as it is needs no search
+        frequencies = tuple(normalise(counts[first : last + 1]))
+        return Model(base=least + first, low_bits=0, escape=False, frequencies=frequencies)
     total = int(counts.sum())
     cumulated = np.concatenate([[0], np.cumsum(counts)])
     best: tuple[int, Model] | None = None
