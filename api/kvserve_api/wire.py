@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Self, TypeAlias
 
 from kvserve_api.canonical import digest
@@ -82,6 +83,7 @@ MAGIC: Final = b"KVSB"
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 64
 """The payload starts at a multiple of this from the blob's start, so that wide loads on it are aligned."""
+_STRATEGIES: Final = 16
 _PREFIX = struct.Struct("<4sHHIIQQ")
 _FIELDS = struct.Struct("<32s32s32sHHHBBHHIIH")
 _NO_DIGEST = bytes(32)
@@ -247,11 +249,8 @@ class BlobHeader:
         if hashlib.sha256(text).digest() != strategy_digest:
             raise WireError(WireReason.STRATEGY_MISMATCH, "the strategy is not the digest's")
         try:
-            strategy = StrategyConfig.from_json(json.loads(text))
-            if strategy.canonical() != text:
-                raise WireError(WireReason.MALFORMED, "the strategy's JSON is not canonical")
             return cls(
-                strategy=strategy,
+                strategy=_strategy(text),
                 bundle=None if bundle == _NO_DIGEST else f"sha256:{bundle.hex()}",
                 model_fingerprint=f"sha256:{fingerprint.hex()}",
                 layout=KVLayout(
@@ -262,6 +261,21 @@ class BlobHeader:
             )
         except (SpecError, ValueError, RecursionError) as error:
             raise WireError(WireReason.MALFORMED, f"the header is no header: {error}") from error
+
+
+@lru_cache(maxsize=_STRATEGIES)
+def _strategy(text: bytes) -> StrategyConfig:
+    """Return the strategy of a header; the last few are kept, because all blobs of a transfer have the same.
+
+    Raises:
+        WireError: The JSON is not canonical.
+        SpecError: It is no strategy.
+        ValueError: It is no JSON.
+    """
+    strategy = StrategyConfig.from_json(json.loads(text))
+    if strategy.canonical() != text:
+        raise WireError(WireReason.MALFORMED, "the strategy's JSON is not canonical")
+    return strategy
 
 
 def _header_crc32(prefix: bytes, body: memoryview) -> int:

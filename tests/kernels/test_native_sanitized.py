@@ -12,6 +12,7 @@ from kvserve_kernels.native import build
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PAYLOADS = 200_000
+SECTIONS = 5_000
 HOSTILE = """
 import os, sys
 from pathlib import Path
@@ -105,6 +106,77 @@ for at in range(count):
 print(exact, refused)
 """
 
+FUSED = """
+import sys
+from pathlib import Path
+from kvserve_kernels.native import library
+library.library_path = lambda: Path(sys.argv[1])
+import numpy as np
+from kvserve_kernels import fused
+from kvserve_kernels.linear import Group, Plan, linear_native
+from kvserve_kernels.linear.linear_native import Level
+
+widest = linear_native.level()
+if widest == Level.NONE:
+    print("none")
+    raise SystemExit
+rng = np.random.default_rng(int(sys.argv[2]))
+
+
+def a_plan(components, dim):
+    slots = int(rng.integers(1, 4))
+    width = slots * dim
+    group = Group(
+        rows=np.arange(slots, dtype=np.int32),
+        heads=np.zeros(slots, np.int32),
+        rotations=np.where(np.arange(slots) < 2, 0, -1).astype(np.int32),
+        mean=rng.standard_normal(width).astype(np.float32),
+        inv_scale=np.full(width, 25, np.float32),
+        matrix=rng.integers(-127, 128, (components, width), dtype=np.int8),
+        factor=np.full(components, 10.0 ** rng.uniform(-6, -2), np.float32),
+        offset=np.full(components, 0.45, np.float32),
+        delta=np.full(components, -0.05, np.float32),
+        inverse=(rng.standard_normal((components, width)) / width).astype(np.float32),
+    )
+    return Plan(groups=(group,), dim=dim)
+
+
+exact = refused = 0
+for _ in range(int(sys.argv[3])):
+    level = Level(int(rng.integers(1, widest + 1)))
+    linear_native.level = lambda level=level: level
+    tokens, dim = int(rng.integers(1, 130)), int(rng.choice([2, 10, 16, 33]))
+    plan = a_plan(int(rng.integers(1, 40)), dim)
+    # the arrays are exactly as large as they are said to be
+    keys, values = ((rng.standard_normal((2, tokens, 1, dim)) * 3).astype(np.float16) for _ in "kv")
+    angles = rng.standard_normal((1, tokens, dim // 2))
+    turns = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), bool(rng.integers(0, 2)))
+    starts = sorted({0, int(rng.integers(0, tokens)), tokens})
+    plans = [plan] * (len(starts) - 1)
+    coded = fused.encode_runs((keys, values), plans, rng.permutation(tokens), starts, *turns)
+    assert coded is not None
+    out = (np.empty_like(keys), np.empty_like(values))
+    sections, lengths = coded
+    bad = sections.copy()
+    for where in np.minimum(rng.exponential(40, 3).astype(int), bad.size - 1):
+        bad[where] = rng.integers(0, 256)
+    order = rng.permutation(tokens)
+    assert fused.decode_runs(sections, lengths, plans, order, starts, *turns, out)
+    if fused.decode_runs(bad, lengths, plans, order, starts, *turns, out):
+        exact += 1
+    else:
+        refused += 1
+    whole = fused.encode((keys, values), plan, *turns, 4 if tokens > 96 else -(-tokens // 32))
+    if whole is not None:
+        bad = whole[: rng.integers(0, whole.size + 1)].copy()
+        fused.decode(bad, plan, *turns, out)
+        where = np.minimum(rng.exponential(40, 3).astype(int), whole.size - 1)
+        bad = whole.copy()
+        bad[where] = rng.integers(0, 256, 3)
+        fused.decode(bad, plan, *turns, out)
+print(exact, refused)
+"""
+
 
 def runtime(name: str) -> str:
     """Return the path of one of the compiler's run-time libraries."""
@@ -113,9 +185,10 @@ def runtime(name: str) -> str:
     ).stdout.strip()
 
 
-def test_hostile_payloads_read_nothing_else(tmp_path: Path) -> None:
-    """200,000 cut, flipped, spliced and random payloads: no report of a sanitizer, on any instruction set."""
-    library = tmp_path / "sanitized.so"
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the library compiled with both sanitizers."""
+    library = tmp_path_factory.mktemp("native") / "sanitized.so"
     build.compile_to(
         library,
         "-fsanitize=address,undefined",
@@ -125,8 +198,13 @@ def test_hostile_payloads_read_nothing_else(tmp_path: Path) -> None:
         "-O1",
         "-g",
     )
+    return library
+
+
+def run(script: str, library: Path, count: int) -> str:
+    """Return what a script prints that uses the library; none of the sanitizers may have anything to say."""
     done = subprocess.run(
-        [sys.executable, "-c", HOSTILE, str(library), "7", str(PAYLOADS)],
+        [sys.executable, "-c", script, str(library), "7", str(count)],
         env=os.environ
         | {
             "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
@@ -141,7 +219,22 @@ def test_hostile_payloads_read_nothing_else(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "runtime error" not in done.stderr
-    exact, refused = map(int, done.stdout.split())
+    return done.stdout
+
+
+def test_hostile_payloads_read_nothing_else(sanitized: Path) -> None:
+    """200,000 cut, flipped, spliced and random payloads: no report of a sanitizer, on any instruction set."""
+    exact, refused = map(int, run(HOSTILE, sanitized, PAYLOADS).split())
     # low bits are not protected, and some changes change nothing
     assert exact > 0
     assert refused > PAYLOADS // 2
+
+
+def test_hostile_sections_read_nothing_else(sanitized: Path) -> None:
+    """5,000 sections, and the same cut and with bytes replaced, straight into values: no report of a sanitizer."""
+    said = run(FUSED, sanitized, SECTIONS)
+    if said.strip() == "none":
+        pytest.skip("the processor has no dot products of AVX-512")
+    exact, refused = map(int, said.split())
+    assert exact > 0
+    assert refused > SECTIONS // 4
