@@ -12,7 +12,7 @@ from kvserve_api.strategy import Kind, Part
 from kvserve_api.wire import BYTES
 from kvserve_kernels.finite import all_finite
 from kvserve_kernels.linear import Cells
-from kvserve_strategies import fused, tokenclass
+from kvserve_strategies import fused, recentring, tokenclass
 from kvserve_strategies.bundle import BasisKey
 from kvserve_strategies.projection import Projection
 from kvserve_strategies.registry import make_stage
@@ -22,6 +22,7 @@ from kvserve_strategies.stages.importance import Importance
 from kvserve_strategies.stages.ladder import Ladder
 from kvserve_strategies.stages.metric import Metric
 from kvserve_strategies.stages.pca import Pca
+from kvserve_strategies.stages.recentre import Recentre
 from kvserve_strategies.values import require_finite
 from kvserve_strategies.wrap import join
 
@@ -64,7 +65,11 @@ class Chain:
                 raise StrategyError(
                     after.id, f"can't follow {before.id}: tokens of a class need {Ladder.id}"
                 )
-            if isinstance(after, Grid | Importance) and not isinstance(before, Pca):
+            if isinstance(before, Recentre) and not isinstance(after, Grid | Importance):
+                raise StrategyError(
+                    after.id, f"can't follow {before.id}: {Grid.id} or {Importance.id} must"
+                )
+            if isinstance(after, Grid | Importance) and not isinstance(before, Pca | Recentre):
                 raise StrategyError(
                     after.id, f"can't follow {before.id}: it quantises what {Pca.id} gives"
                 )
@@ -166,7 +171,7 @@ class Chain:
         sections: list[tuple[Array, ...]] = [()] * len(self.stages)
         if self.takes_halves:
             # it finds what is not finite on its own
-            folded, _ = self._projection()
+            folded = self._recentred(*self._projection(), native, specs[0], sections)
             if isinstance(folded.quantiser, Importance):
                 sections[-2:] = tokenclass.encode(folded, native, specs[0])
             else:
@@ -181,7 +186,8 @@ class Chain:
         while index < len(self.stages):
             assert value is not None
             if projected and index == projected[1].start:
-                folded, run = projected
+                run = projected[1]
+                folded = self._recentred(*projected, value, specs[index], sections)
                 if isinstance(folded.quantiser, Importance):
                     sections[-2:] = tokenclass.encode(folded, value, specs[index])
                     break
@@ -223,7 +229,7 @@ class Chain:
                 if self._ends(run):
                     self._decode_projection(folded, run, sections, taken, out)
                 else:
-                    self._require_silent(run, sections)
+                    folded = self._with_means(folded, run, sections, taken)
                     decoded = self.stages[index].decode(sections[index], None, specs[index])
                     levels = np.ascontiguousarray(decoded.reshape(specs[index].tokens, -1).T)
                     folded.decode(levels, taken, out)
@@ -247,17 +253,43 @@ class Chain:
         """Return whether the ladder codes what stages of a projection give; nothing else follows importance."""
         return isinstance(self.stages[run.stop], Ladder)
 
-    def _require_silent(self, run: range, sections: Sequence[Bytes]) -> None:
-        if any(sections[at].size for at in run):
+    def _recentred(
+        self,
+        folded: Projection,
+        run: range,
+        native: Cells,
+        spec: Spec,
+        sections: list[tuple[Array, ...]],
+    ) -> Projection:
+        """Write the means of a piece, if they are sent, and return the projection with them."""
+        if folded.recentre is None:
+            return folded
+        at = run.start + folded.stages.index(folded.recentre)
+        sections[at], moved = recentring.encode(folded.recentre, folded, native, spec)
+        return moved
+
+    def _with_means(
+        self, folded: Projection, run: range, sections: Sequence[Bytes], spec: Spec
+    ) -> Projection:
+        """Return the projection with the means that were sent; nothing else may be in its sections."""
+        silent = set(run)
+        if isinstance(folded.quantiser, Importance):
+            silent.remove(run[-1])
+        stage = folded.recentre
+        if stage is not None:
+            at = run.start + folded.stages.index(stage)
+            silent.remove(at)
+            folded = recentring.decode(stage, folded, sections[at], spec)
+        if any(sections[at].size for at in silent):
             raise WireError(WireReason.MALFORMED, "linear stages write nothing")
+        return folded
 
     def _decode_projection(
         self, folded: Projection, run: range, sections: Sequence[Bytes], spec: Spec, out: Cells
     ) -> None:
         """Decode what a projection and the ladder after it wrote."""
+        folded = self._with_means(folded, run, sections, spec)
         if isinstance(folded.quantiser, Importance):
-            self._require_silent(run[:-1], sections)
             tokenclass.decode(folded, sections[-2], sections[-1], spec, out)
         else:
-            self._require_silent(run, sections)
             fused.decode(folded, sections[-1], spec, out)

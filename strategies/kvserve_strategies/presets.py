@@ -23,10 +23,14 @@ from kvserve_strategies.stages import (
     Pca,
     Rans,
     Raw,
+    Recentre,
     Scale,
     TokenMinMax,
     Unrope,
 )
+
+_MEANS: Final = 0.1
+"""Step of the means of pieces: finer ones cost bytes, and gain nothing that the tokens' own steps would not."""
 
 
 def strategy(*, keys: tuple[Stage, ...], values: tuple[Stage, ...]) -> StrategyConfig:
@@ -52,7 +56,7 @@ def _centred(keys_step: float, values_step: float) -> StrategyConfig:
 
 
 def joint(
-    *, layers: int, heads: int, quantiser: Grid | Importance, sinks: int = 1
+    *, layers: int, heads: int, quantiser: Grid | Importance, sinks: int = 1, means: float = 0.0
 ) -> StrategyConfig:
     """Return keys and values coded together in the coordinates where errors cost equally.
 
@@ -61,12 +65,14 @@ def joint(
         heads: KV heads a basis, 0 for all.
         quantiser: One step for all, or finer ones where tokens matter more.
         sinks: First tokens of a request that are sent exactly.
+        means: Step of the means of each piece, 0 to take those of calibration.
     """
-    chain = (
+    chain: tuple[Stage, ...] = (
         Unrope(),
         Mean(),
         Metric(metric="fisher"),
         Pca(layers=layers, heads=heads),
+        *((Recentre(step=means),) if means else ()),
         quantiser,
         Ladder(),
     )
@@ -78,12 +84,14 @@ def joint(
     )
 
 
-def _joint(layers: int, heads: int, step: float) -> StrategyConfig:
-    return joint(layers=layers, heads=heads, quantiser=Grid(step=step, dead_zone=1.0))
+def _joint(layers: int, heads: int, step: float, *, means: float = 0.0) -> StrategyConfig:
+    quantiser = Grid(step=step, dead_zone=1.0)
+    return joint(layers=layers, heads=heads, quantiser=quantiser, means=means)
 
 
 def _focus(layers: int, step: float) -> StrategyConfig:
-    return joint(layers=layers, heads=0, quantiser=Importance(step=step, dead_zone=1.0))
+    quantiser = Importance(step=step, dead_zone=1.0)
+    return joint(layers=layers, heads=0, quantiser=quantiser, means=_MEANS)
 
 
 PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
@@ -98,10 +106,10 @@ PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
         "centred-rans-coarse": _centred(0.8, 1.2),
         "joint-head": _joint(1, 1, 0.15),
         "joint-layer": _joint(1, 0, 0.15),
-        "joint-3-fine": _joint(3, 0, 0.1),
-        "joint-3": _joint(3, 0, 0.15),
-        "joint-3-coarse": _joint(3, 0, 0.3),
-        "joint-10": _joint(10, 0, 0.15),
+        "joint-3-fine": _joint(3, 0, 0.1, means=_MEANS),
+        "joint-3": _joint(3, 0, 0.15, means=_MEANS),
+        "joint-3-coarse": _joint(3, 0, 0.3, means=_MEANS),
+        "joint-10": _joint(10, 0, 0.2, means=_MEANS),
         "focus-3-fine": _focus(3, 0.08),
         "focus-3": _focus(3, 0.15),
         "focus-3-coarse": _focus(3, 0.4),

@@ -1,11 +1,11 @@
 """Linear stages and the quantiser after them, folded into one integer matrix for each block of layers and heads.
 
-This is the arithmetic of ``[unrope] mean [metric] pca grid``, or with importance as the last; `kvserve_kernels.linear`
-defines it. Integers make processors and GPUs write the same bytes: a native value less its mean is scaled to int8 (with
-a shift for each token), multiplied by an int8 matrix, basis times metric, in exact integers, and the sum is rounded to
-a level. Both int8 factors are rounded so that it hardly shows: see `kvserve_strategies.folding`. The decoder moves each
-level to the mean of the values that led to it and multiplies by the inverse matrix in bfloat16; its result need not be
-equal between devices to the last bit.
+This is the arithmetic of ``[unrope] mean [metric] pca [recentre] grid``, or with importance as the last;
+`kvserve_kernels.linear` defines it. Integers make processors and GPUs write the same bytes: a native value less its
+mean is scaled to int8 (with a shift for each token), multiplied by an int8 matrix, basis times metric, in exact
+integers, and the sum is rounded to a level. Both int8 factors are rounded so that it hardly shows: see
+`kvserve_strategies.folding`. The decoder moves each level to the mean of the values that led to it and multiplies by
+the inverse matrix in bfloat16; its result need not be equal between devices to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ from kvserve_strategies.stages.importance import Importance
 from kvserve_strategies.stages.mean import Mean
 from kvserve_strategies.stages.metric import Metric
 from kvserve_strategies.stages.pca import Block, Pca
+from kvserve_strategies.stages.recentre import Recentre
 from kvserve_strategies.stages.unrope import Unrope, rope_tables
 
 _PLANS: Final = 512
@@ -42,10 +43,13 @@ class Projection:
     """The linear stages of a chain with the quantiser that ends them.
 
     Attributes:
-        stages: From the native values to the levels: maybe unrope, mean, maybe a metric, pca, grid or importance.
+        stages: From the native values to the levels: maybe unrope, mean, maybe a metric, pca, maybe recentre, grid or
+            importance.
+        means: For each block of a piece the means of its channels, if they are not the calibrated ones.
     """
 
     stages: tuple[Stage, ...]
+    means: tuple[Real, ...] | None = None
 
     @classmethod
     def find(cls, stages: Sequence[Stage]) -> tuple["Projection", range] | None:
@@ -53,7 +57,9 @@ class Projection:
         for stop, stage in enumerate(stages):
             if isinstance(stage, Grid | Importance):
                 start = stop
-                while start > 0 and isinstance(stages[start - 1], Unrope | Mean | Metric | Pca):
+                while start > 0 and isinstance(
+                    stages[start - 1], Unrope | Mean | Metric | Pca | Recentre
+                ):
                     start -= 1
                 return cls(tuple(stages[start : stop + 1])), range(start, stop + 1)
         return None
@@ -97,7 +103,18 @@ class Projection:
         """
         bundle, where = bundle_of(self.stages[0], spec)
         anywhere = replace(where, first_token=0, tokens_after=0)
-        return _matrices(self.stages[:-1], bundle, anywhere)
+        fixed = tuple(stage for stage in self.stages[:-1] if not isinstance(stage, Recentre))
+        matrices = _matrices(fixed, bundle, anywhere)
+        return matrices if self.means is None else matrices.moved(self.means)
+
+    @property
+    def recentre(self) -> Recentre | None:
+        """The stage that sends the means of a piece, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, Recentre)), None)
+
+    def with_means(self, means: tuple[Real, ...] | None) -> "Projection":
+        """Return the projection of a piece with means of its own, or with the calibrated ones."""
+        return replace(self, means=means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +160,27 @@ class Matrices:
             ("leading", block, count, resolution),
             lambda: [self._leading(block, count, resolution)],
         )
+
+    def means_plan(self, step: float) -> linear.Plan:
+        """Return a plan of all components of all blocks, rounded to the nearest multiple of a step."""
+        return self._kept(
+            ("means", 0, step, 0),
+            lambda: [
+                base.first(
+                    base.components,
+                    factor=(factor / step).astype(np.float32),
+                    offset=base.offset,
+                    delta=base.delta,
+                    unit=step,
+                )
+                for base, factor in zip(self.bases, self.factors, strict=True)
+            ],
+        )
+
+    def moved(self, means: tuple[Real, ...]) -> "Matrices":
+        """Return the matrices with other means of each block's channels; what is large is shared."""
+        bases = tuple(base.moved(mean) for base, mean in zip(self.bases, means, strict=True))
+        return replace(self, bases=bases, _plans={})
 
     def _kept(
         self, key: tuple[str, float, float, float], groups: Callable[[], list[linear.Group]]

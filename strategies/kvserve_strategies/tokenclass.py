@@ -67,11 +67,13 @@ def encode(folded: Projection, native: Cells, spec: Spec) -> Encoded:
         StrategyError: There is no calibration for this piece.
     """
     matrices = folded.matrices(spec)
+    # what matters was learnt of components about the calibrated means
+    calibrated = folded.with_means(None).matrices(spec)
     classes = np.empty((len(matrices.blocks), spec.tokens), np.uint8)
     lengths: list[NDArray[np.int64]] = []
     bodies: list[Array] = []
     for block in range(len(matrices.blocks)):
-        classes[block] = _classes(matrices, block, native, spec)
+        classes[block] = _classes(calibrated, block, native, spec)
         runs = _runs(folded, matrices, block, classes[block])
         coded = None
         if fused.available():

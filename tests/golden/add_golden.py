@@ -43,6 +43,9 @@ CALIBRATED = {"kvtc": PEERS["kvtc"]} | {
         "pca-scale",
         "importance",
         "importance-heads",
+        "recentre",
+        "recentre-apart",
+        "recentre-importance",
     )
 }
 # (layers, tokens, kv_heads, head_dim), dtype

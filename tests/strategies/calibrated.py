@@ -15,6 +15,7 @@ from kvserve_strategies.stages import (
     Pca,
     Rans,
     Raw,
+    Recentre,
     Scale,
     TokenMinMax,
     Unrope,
@@ -44,6 +45,12 @@ def grid(step: float, *, layers: int = 2, heads: int = 0, metric: str = "") -> t
         Grid(step=step, dead_zone=0.3),
         Ladder(),
     )
+
+
+def recentred(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Return the stages with the means of each piece sent after its components."""
+    at = next(index for index, stage in enumerate(stages) if isinstance(stage, Pca)) + 1
+    return (*stages[:at], Recentre(step=0.04), *stages[at:])
 
 
 _SPACES: Final = {
@@ -82,5 +89,8 @@ _OTHERS: Final = {
     ),
     "grid-rans": joint(*grid(0.05)[:-1], Rans(tables=8)),
     "sinks": joint(*grid(0.05), sinks=4),
+    "recentre": joint(*recentred(grid(0.05, metric="even"))),
+    "recentre-apart": apart(*recentred(grid(0.05, layers=1, heads=1)[:-1]), Rans(tables=8)),
+    "recentre-importance": joint(*recentred(_IMPORTANT), sinks=4),
 }
 CALIBRATED_CONFIGS: Final[dict[str, StrategyConfig]] = _SPACES | _OTHERS

@@ -5,7 +5,7 @@ The channels of a piece ``[rows, tokens, heads, dim]`` form groups. One token of
 an int8 matrix, decoding maps levels back by a bfloat16 matrix that has the quantiser's step in it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -91,6 +91,9 @@ class Group:
             ("inverse", -_LARGEST_INVERSE, _LARGEST_INVERSE),
             ("inv_scale", 2.0**-120, _LARGEST_INV_SCALE),
         ):
+            if self.base is not None and name in ("matrix", "inverse"):
+                # the base has been looked at, and they are large
+                continue
             array = getattr(self, name)
             # written so that NaN fails too
             if array.size and not (array.min() >= least and array.max() <= most):
@@ -139,6 +142,10 @@ class Group:
             unit=unit,
             base=base,
         )
+
+    def moved(self, mean: NDArray[np.float32]) -> "Group":
+        """Return the group with other means ``[W]``; the matrices are shared."""
+        return replace(self, mean=mean, base=self.base or self)
 
     @cached_property
     def inverse_bits(self) -> NDArray[np.uint16]:

@@ -19,6 +19,7 @@ from kvserve_strategies.stages.pca import Pca
 from kvserve_strategies.stages.predict import PredictLayer
 from kvserve_strategies.stages.rans import Rans
 from kvserve_strategies.stages.raw import Raw
+from kvserve_strategies.stages.recentre import Recentre
 from kvserve_strategies.stages.scale import Scale
 from kvserve_strategies.stages.step import ConstantStep
 from kvserve_strategies.stages.token import TokenMinMax
@@ -45,6 +46,7 @@ __all__ = [
     "PredictLayer",
     "Rans",
     "Raw",
+    "Recentre",
     "Scale",
     "TokenMinMax",
     "Unrope",
