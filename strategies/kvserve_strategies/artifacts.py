@@ -91,7 +91,7 @@ class Store:
         """See `open_store`."""
         store = cls(url, patience or Patience())
         if urlsplit(url).scheme != "file":
-            store._client = _remote(url, store.patience)
+            store._client = open_client(url, store.patience)
         return store
 
     def put_bundle(self, folder: Path) -> str:
@@ -272,7 +272,12 @@ def open_store(url: str, patience: Patience | None = None) -> Store:
     return Store.of(url, patience)
 
 
-def _remote(url: str, patience: Patience) -> Any:
+def open_client(url: str, patience: Patience) -> Any:
+    """Return obstore's client of a URL that is not a folder's; nothing is asked of it yet.
+
+    Raises:
+        SpecError: It is no URL of a store.
+    """
     scheme = urlsplit(url).scheme
     try:
         if scheme == "memory":
