@@ -385,5 +385,5 @@ def _chunk(value: Any) -> Chunk:
     return Chunk(
         part=part,
         layers=_span(value[:2], "chunks.layers", 65_535),
-        tokens=_span(value[2:], "chunks.tokens", MAX_TOKENS),
+        tokens=_span(value[2:4], "chunks.tokens", MAX_TOKENS),
     )

@@ -50,7 +50,17 @@ ACCEPT = Accept(
 MESSAGES = {
     "pull": PULL,
     "pull-with-bundles": replace(PULL, bundles=frozenset({"sha256:" + "b" * 64})),
+    "pull-of-whole-blocks": replace(
+        PULL, blocks="sha256:" + "c" * 64, layout=replace(LAYOUT, dtype="uint8")
+    ),
     "accept": ACCEPT,
+    "accept-of-parts": replace(
+        ACCEPT,
+        chunks=(
+            Chunk(layers=range(2), tokens=range(3)),
+            Chunk(layers=range(1), tokens=range(1, 2), part=7),
+        ),
+    ),
     "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
     "refuse": Refuse(reason="Expired", detail="too late"),
     "release": Release(engine_id="e", request_id="r"),
@@ -120,8 +130,10 @@ def test_wrong_wishes_are_refused(key: str, value: object) -> None:
 
 
 def test_a_consumer_without_bundles_speaks_of_none() -> None:
-    """Producers that know no bundles understand consumers that have none."""
-    assert "bundles" not in parse_message(PULL.pack()[HEADER_BYTES:])
+    """Producers that know no bundles, or no opaque caches, understand consumers that have none."""
+    content = parse_message(PULL.pack()[HEADER_BYTES:])
+    assert "bundles" not in content
+    assert "blocks" not in content
 
 
 def test_another_protocol_is_refused() -> None:

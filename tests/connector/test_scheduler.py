@@ -1,12 +1,14 @@
 """What the scheduler half decides for real vLLM requests, without an engine."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kv_loopback import BLOCK, ENGINE
+from kvserve_connector.groups import Group, Opaque, Reach
 from kvserve_connector.handover import prompt_digest
 
 pytestmark = pytest.mark.slow  # importing vLLM takes its time
@@ -179,3 +181,90 @@ def test_odd_workload_is_the_default() -> None:
     request.sampling_params.extra_args["kvserve_workload"] = "../etc"
     half.finished(request, ([1],))
     assert half.take_step().leases[0].workload == "default"
+
+
+HYBRID = replace(
+    ENGINE,
+    layout=None,
+    opaque=Opaque.STATE,
+    groups=(
+        Group(index=0, layer_names=("a",), block_tokens=16),
+        Group(index=2, layer_names=("b",), block_tokens=16, reach=Reach.WINDOW, span=20),
+        Group(index=1, layer_names=("c",), block_tokens=1024, reach=Reach.STATE, spare_blocks=1),
+    ),
+)
+
+
+def make_hybrid() -> Any:
+    """Return a scheduler half of a model that forgets."""
+    from kvserve_connector.metadata import ServerAddress
+    from kvserve_connector.scheduler import SchedulerHalf
+
+    half = SchedulerHalf(HYBRID, is_producer=True, is_consumer=True, now_s=lambda: 102.0)
+    half.set_address(ServerAddress(host="10.0.0.7", port=7790))
+    return half
+
+
+def test_a_token_is_held_back_where_layers_forget() -> None:
+    """A prefill for a consumer stops one token short, once; a prompt of one token, or one of our own, is whole."""
+    half = make_hybrid()
+    request = make_request(37, do_remote_decode=True)
+    for _ in range(2):
+        half.arrived(request)
+        assert request.num_prompt_tokens == 36
+        assert len(request.prompt_token_ids) == request.num_tokens == 36
+    for tokens, params in ((1, {"do_remote_decode": True}), (37, {})):
+        whole = make_request(tokens, **params)
+        half.arrived(whole)
+        assert whole.num_prompt_tokens == tokens
+    plain = make_request(37, do_remote_decode=True)
+    make_half().arrived(plain)
+    assert plain.num_prompt_tokens == 37
+
+
+def test_groups_hand_over_their_own_blocks() -> None:
+    """Each group's own blocks are kept and filled, and the prompt is the one without its last token."""
+    half = make_hybrid()
+    request = make_request(37, "remote", do_remote_decode=True)
+    half.arrived(request)
+    lists = ([5, 6, 7, 8], [21, 22], [0, 12, 13, 14])
+    kept, params = half.finished(finish(request, 36), lists)
+    assert kept
+    assert params["remote_num_tokens"] == 36
+    (lease,) = half.take_step().leases
+    # in the order of the groups; of the recurrent one the last block is kept for speculation
+    assert lease.block_ids == ((5, 6, 7), (0, 12, 13), (21,))
+    assert lease.prompt_digest == prompt_digest(range(36))
+
+    wanted = make_request(37, **params)
+    assert half.matched_tokens(wanted, 0) == (36, True)
+    ids = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3], [9, 10], [0, 4, 11]))
+    half.allocated(wanted, ids, 36)
+    (load,) = half.take_step().loads
+    assert load.block_ids == ((1, 2, 3), (0, 4, 11), (9,))
+    assert (load.tokens, load.prompt_digest) == (range(36), lease.prompt_digest)
+
+
+def test_a_prompt_of_one_token_is_not_fetched() -> None:
+    """Where a token is held back, the prefill of a single one is of no use, and is released."""
+    half = make_hybrid()
+    remote = make_request(1, "remote", do_remote_decode=True)
+    half.arrived(remote)
+    kept, params = half.finished(finish(remote, 1), ([5], [21, 22], [12]))
+    assert kept
+    half.take_step()
+    wanted = make_request(1, **params)
+    assert half.matched_tokens(wanted, 0) == (0, False)
+    half.allocated(wanted, blocks(1), 0)
+    assert [r.request_id for r in half.take_step().releases] == ["remote"]
+
+
+def test_a_worker_that_can_not_serve_is_counted() -> None:
+    """A prefill for a consumer, in an engine whose cache can't be carried, frees its blocks and is counted."""
+    from kvserve_connector.scheduler import SchedulerHalf
+
+    half = SchedulerHalf(ENGINE, is_producer=True, is_consumer=False)
+    request = finish(make_request(37, do_remote_decode=True), 37)
+    assert half.finished(request, ([5, 6, 7],)) == (False, None)
+    assert half.take_step().unserved == 1
+    assert half.take_step().unserved == 0

@@ -13,6 +13,7 @@ from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_api.table import ClassRule, DecisionTable, Doubt, OnControllerLoss, Version
 from kvserve_connector.coding import known_stages, raw_pipeline
 from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, ReadyTable, Selector
+from kvserve_strategies import Pipeline
 from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
@@ -46,6 +47,27 @@ def in_force(made: DecisionTable) -> Selector:
     selector = Selector()
     selector.install(ReadyTable.of(made))
     return selector
+
+
+def test_opaque_caches_go_without_loss() -> None:
+    """What may not code the cache is never chosen nor built, and a pin that it can't be is said to be why."""
+
+    def lossless(pipeline: Pipeline) -> bool:
+        return pipeline.lossless
+
+    names = ("none", "lossless", "int4-token")
+    for pinned, profile, bound in (
+        (None, "lossless", Bound.GOAL),
+        ("int4-token", "none", Bound.OPAQUE),
+        ("lossless", "lossless", Bound.PINNED),
+    ):
+        ready = ReadyTable.of(table(*names, pinned=pinned), carries=lossless)
+        assert set(ready.pipelines) == {"none", "lossless"}
+        selector = Selector()
+        selector.install(ready)
+        selection = choose(selector).selection
+        assert (selection.profile, selection.bound) == (profile, bound)
+        assert selection.wanted == (pinned or profile)
 
 
 def test_no_table_means_raw() -> None:
