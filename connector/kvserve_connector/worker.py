@@ -15,6 +15,7 @@ from kvserve_api.errors import SpecError, UnsupportedError
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
 from kvserve_connector.cache import EngineCache, open_cache
+from kvserve_connector.chunks import plan_form
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
@@ -38,6 +39,9 @@ The coding threads drop the interpreter lock for each piece of work and need it 
 thread on one core, the default made coding seven times slower than alone, this makes it three times (two is the fair
 share of the core).
 """
+
+REHEARSED_TOKENS: Final = 8192
+"""Tokens of a transfer whose first chunk is coded before the first request."""
 
 
 class WorkerHalf:
@@ -111,8 +115,13 @@ class WorkerHalf:
                 cache.form.opaque,
             )
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
-        # in the thread that will code: torch sets itself up anew in each
-        self._coders.submit(self._coder.warm_up, raw_pipeline()).result()
+        # in the threads that will code: torch sets itself up anew in each
+        together = threading.Barrier(self._config.codec_threads)
+        for rehearsal in [
+            self._coders.submit(self._rehearse, self._coder, cache, together)
+            for _ in range(self._config.codec_threads)
+        ]:
+            rehearsal.result()
         if self._is_producer:
             try:
                 self._server = TransferServer(
@@ -209,6 +218,21 @@ class WorkerHalf:
             self._received.add(request_id)
             if outcome.failure:
                 self._failed.add(request_id)
+
+    def _rehearse(self, coder: ChunkCoder, cache: EngineCache, together: threading.Barrier) -> None:
+        """Do once, in each thread, what a transfer does, at its full size.
+
+        Some of what a thread needs is set up when it first works on as much as this, like the threads of torch's own
+        that help it: no request shall wait for that.
+        """
+        # no thread may take the turn of another
+        together.wait()
+        coder.warm_up(raw_pipeline())
+        blocks = tuple(range(1, self._engine.blocks))
+        tokens = min(len(blocks) * group.block_tokens for group in self._engine.groups)
+        for chunk in plan_form(cache.form, range(min(tokens, REHEARSED_TOKENS)), 1)[:1]:
+            keys, values = cache.read(chunk, [blocks] * len(self._engine.groups))
+            coder.encode(raw_pipeline(), chunk, keys, values)
 
     def _carries(self, pipeline: Pipeline) -> bool:
         """Tell whether a pipeline may code this engine's cache; none may if it can't be carried."""
