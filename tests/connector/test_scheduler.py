@@ -213,8 +213,8 @@ def test_a_token_is_held_back_where_layers_forget() -> None:
         half.arrived(request)
         assert request.num_prompt_tokens == 36
         assert len(request.prompt_token_ids) == request.num_tokens == 36
-    for tokens, params in ((1, {"do_remote_decode": True}), (37, {})):
-        whole = make_request(tokens, **params)
+    for tokens, remote_decode in ((1, True), (37, False)):
+        whole = make_request(tokens, do_remote_decode=remote_decode)
         half.arrived(whole)
         assert whole.num_prompt_tokens == tokens
     plain = make_request(37, do_remote_decode=True)
