@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from kvserve_api.latency import Link, Prediction, predict
+from kvserve_api.latency import MOST_UTILISATION, Link, Prediction, predict
 from kvserve_api.policy import Mode
 from kvserve_api.profile_set import DEFAULT_CLASS
-from kvserve_api.selection import MOST_UTILISATION, Bound, Selection, select
+from kvserve_api.selection import Bound, Selection, select
 from kvserve_api.table import DecisionTable, Version
 
 
@@ -84,7 +84,7 @@ class Weighed:
             "wait_s": p.wait_s,
             "total_s": p.total_s,
             "percentile_s": self.percentile_s,
-            "others_s": p.others_s if p.utilisation < 1 else None,
+            "others_s": p.others_s,
             "utilisation": p.utilisation,
             "verdict": self.verdict.value,
         }

@@ -83,6 +83,8 @@ class Load:
             )
 
 
+MOST_UTILISATION: Final = 0.95
+"""A stage that is busy for more than this share of the time has a queue that grows without end."""
 NO_LOAD: Final = Load()
 
 
@@ -141,7 +143,7 @@ class Prediction:
         wait_s: What earlier work and the round trip add to the pipeline of the three, in seconds.
         total_s: In all, in seconds.
         utilisation: Of the busiest stage, if every transfer did the same; at 1 its queue has no end.
-        others_s: What the transfer adds to the waiting of those behind it, in seconds; infinite at a utilisation of 1.
+        others_s: What the transfer adds to the waiting of those behind it, in seconds.
     """
 
     encode_s: float
@@ -173,7 +175,7 @@ def others_s(stage_s: float, wait_s: float, busy: float, load: Load) -> float:
 
     Whoever arrives before the stage is idle again waits as much longer as this transfer keeps it busy. The stage is
     busy for what waits, and for this transfer, stretched by those who arrive meanwhile: the busy period of a queue
-    (Kleinrock 1975, section 5.8), as long as it stays stable.
+    (Kleinrock 1975, section 5.8). At ``MOST_UTILISATION`` the stretch ends: not every transfer will do the same.
 
     Args:
         stage_s: What the transfer takes there, in seconds.
@@ -181,9 +183,7 @@ def others_s(stage_s: float, wait_s: float, busy: float, load: Load) -> float:
         busy: The stage's utilisation.
         load: What it is asked for.
     """
-    if busy >= 1:
-        return math.inf
-    return load.arrivals_per_s * stage_s * (wait_s + stage_s) / (1 - busy)
+    return load.arrivals_per_s * stage_s * (wait_s + stage_s) / (1 - min(busy, MOST_UTILISATION))
 
 
 def predict(

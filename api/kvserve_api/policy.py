@@ -253,7 +253,7 @@ class Control:
     fallback: str = NONE
     on_controller_loss: str = "HoldLastGood"
     lease_s: int = 60
-    exploration_bp: int = 200
+    exploration_bp: int = 100
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
@@ -268,7 +268,7 @@ class Control:
                 "onControllerLoss", "HoldLastGood", choices=["HoldLastGood", "Revert"]
             ),
             lease_s=failsafe.integer("leaseSeconds", 60, minimum=5, maximum=86_400),
-            exploration_bp=exploration.integer("maxBasisPoints", 200, minimum=0, maximum=5000),
+            exploration_bp=exploration.integer("maxBasisPoints", 100, minimum=0, maximum=5000),
         )
         if (control.mode == Mode.PINNED) != (control.pinned is not None):
             raise fields.fail("pinnedProfile", "must be set if and only if mode is Pinned")

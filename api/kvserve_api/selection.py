@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from kvserve_api.latency import Link, Prediction, StageCost, predict
+from kvserve_api.latency import MOST_UTILISATION, Link, Prediction, StageCost, predict
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE
 from kvserve_api.table import Candidate, ClassRule, DecisionTable, Row
 
-MOST_UTILISATION: Final = 0.95
-"""A candidate that would keep a stage busy for more than this share of the time lets its queue grow without end."""
 HOPE: Final = 1.0
 """An explored candidate is judged by costs this many standard deviations better than believed."""
+LEAST_GAIN: Final = 0.5
+"""What it could gain then must be half of what it is believed to lose, or its chance is below one in four."""
 
 
 class Bound(StrEnum):
@@ -85,7 +85,8 @@ def select(
     The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile
     and keep every queue finite at the present load, the best by the goal wins; a time to minimise counts the delay
     that the transfer causes to those behind it. If none meets the deadline the fastest wins, because missing by less is
-    better than giving up; if none keeps the queues finite, the one that comes nearest to it.
+    better than giving up; if none keeps the queues finite, what they are now and what each adds to them decides, so
+    that transfers divide themselves between link and coders.
 
     Args:
         table: The last acknowledged table.
@@ -172,14 +173,18 @@ def select(
             if busy_d > busy:
                 busy = busy_d
             if busy > MOST_UTILISATION:
-                level, merit = UNSTABLE, busy
-            else:
-                cost = coder_rate * encode_s * (encode_wait_s + encode_s) / (1 - busy_e)
-                wire_cost = link_rate * wire_s * (wire_wait_s + wire_s) / (1 - busy_w)
-                if wire_cost > cost:
-                    cost = wire_cost
-                decode_cost = link_rate * decode_s * (decode_wait_s + decode_s) / (1 - busy_d)
-                merit = seconds + (decode_cost if decode_cost > cost else cost)
+                level = UNSTABLE
+                busy_e, busy_w, busy_d = (
+                    min(busy_e, MOST_UTILISATION),
+                    min(busy_w, MOST_UTILISATION),
+                    min(busy_d, MOST_UTILISATION),
+                )
+            cost = coder_rate * encode_s * (encode_wait_s + encode_s) / (1 - busy_e)
+            wire_cost = link_rate * wire_s * (wire_wait_s + wire_s) / (1 - busy_w)
+            if wire_cost > cost:
+                cost = wire_cost
+            decode_cost = link_rate * decode_s * (decode_wait_s + decode_s) / (1 - busy_d)
+            merit = seconds + (decode_cost if decode_cost > cost else cost)
         if level < LATE and fixed is not None:
             merit = fixed
         if level < best_level or (
@@ -229,6 +234,7 @@ def _explore(
     chosen: tuple[float, Selection] | None = None
     believed = _merit(table.candidates[best], rule, native_bytes, link, chunks, hope=0.0)
     usual = _predict(table.candidates[best], native_bytes, link, chunks)
+    timed = rule.goal is Goal.MINIMIZE_LATENCY
     for row in rows:
         if row.name == best:
             continue
@@ -239,7 +245,8 @@ def _explore(
         if not fits or expected.utilisation > MOST_UTILISATION or extra_s > allowance_s:
             continue
         hoped = _merit(candidate, rule, native_bytes, link, chunks, hope=HOPE)
-        if hoped < believed and (chosen is None or hoped < chosen[0]):
+        worth = believed - hoped >= LEAST_GAIN * extra_s if timed else hoped < believed
+        if hoped < believed and worth and (chosen is None or hoped < chosen[0]):
             tried = Selection(
                 profile=row.name,
                 wanted=row.name,

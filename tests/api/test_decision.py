@@ -83,7 +83,7 @@ def test_explanation_is_json_and_names_what_acts() -> None:
     value = json.loads(json.dumps(explained(shadow, decision), allow_nan=False))
     assert (value["profile"], value["wanted"], value["acts"]) == ("none", "int4", False)
     assert value["workload"] == "default"
-    assert value["candidates"][3]["others_s"] is None
+    assert value["candidates"][3]["utilisation"] == pytest.approx(2.4)
     assert value["candidates"][1]["total_s"] == value["predicted_s"]
     assert "candidates" not in explained(None, decision)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
-from kvserve_api.latency import Link, Load, StageCost, pipeline_s, predict
+from kvserve_api.latency import MOST_UTILISATION, Link, Load, StageCost, pipeline_s, predict
 
 seconds = st.floats(0, 1e3)
 speeds = st.floats(1, 1e12)
@@ -66,7 +66,8 @@ def test_delay_to_others() -> None:
     assert one.others_s == pytest.approx(0.5 * 1.0 * (2.0 + 1.0) / 0.5)
     full = replace(link, load=Load(arrivals_per_s=1.0, native_bytes_per_s=1e6))
     endless = predict(native_bytes=1e6, ratio=1, encode=free, decode=free, link=full)
-    assert endless.others_s == math.inf
+    assert endless.utilisation == pytest.approx(1.0)
+    assert endless.others_s == pytest.approx(1.0 * (2.0 + 1.0) / (1 - MOST_UTILISATION))
 
 
 @given(st.tuples(seconds, seconds, seconds), st.integers(1, 1000))

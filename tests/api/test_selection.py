@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve_api.latency import Link, Load, StageCost, predict
+from kvserve_api.latency import MOST_UTILISATION, Link, Load, StageCost, predict
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE, Profile
-from kvserve_api.selection import MOST_UTILISATION, Bound, select
+from kvserve_api.selection import Bound, select
 from kvserve_api.table import (
     CERTAIN,
     Candidate,
@@ -282,7 +282,7 @@ def test_unfolded_loop_is_the_model(
             Goal.MINIMIZE_BYTES: -c.ratio,
         }[rule.goal]
         if p.utilisation > MOST_UTILISATION:
-            keys[name] = (3, p.utilisation, p.total_s)
+            keys[name] = (3, p.total_s + p.others_s, p.total_s)
         elif p.total_s > rule.deadline_s:
             keys[name] = (2, p.total_s + p.others_s, p.total_s)
         else:
@@ -307,10 +307,25 @@ def test_high_load_needs_the_larger_ratio() -> None:
     assert select(two, "default", native_bytes=SIZE, link=link).profile == "fast"
     # 500 MB/s over 125 MB/s are 0.976 of it at 4.1 : 1, and 0.67 at 6 : 1
     assert select(two, "default", native_bytes=SIZE, link=loaded).profile == "slow"
-    # with every codec and the link overloaded, the least overload
+    # with every codec and the link overloaded, what adds least to the queues
     flood = replace(link, load=Load(arrivals_per_s=100, native_bytes_per_s=100 * SIZE))
     chosen = select(two, "default", native_bytes=SIZE, link=flood)
     assert (chosen.profile, chosen.bound) == ("slow", Bound.UNSTABLE)
+
+
+def test_overload_is_divided_between_link_and_coders() -> None:
+    """Where raw alone overloads the link and the codec alone the coder, the shorter of the two queues is taken."""
+    load = Load(arrivals_per_s=10, native_bytes_per_s=10 * SIZE)
+    link = Link(bytes_per_s=4e8, load=load, encoder_load=load)
+    codec = profile("codec", ratio=4.0, encode_bytes_per_s=4e8, decode_bytes_per_s=4e9)
+    both = table(codec, RAW)
+    busy_link = replace(link, backlog_bytes=4e8)
+    busy_coder = replace(link, encode_backlog_s=1.0)
+    chosen = [
+        select(both, "default", native_bytes=SIZE, link=each) for each in (busy_link, busy_coder)
+    ]
+    assert [each.profile for each in chosen] == ["codec", "none"]
+    assert {each.bound for each in chosen} == {Bound.UNSTABLE}
 
 
 def test_codec_that_cannot_keep_up_is_unstable() -> None:
