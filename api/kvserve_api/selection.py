@@ -203,7 +203,9 @@ def select(
         and own_merit <= best_merit * (1 + table.hysteresis)
     ):
         assert incumbent is not None
-        best_name, best_s, bound = incumbent, own_s, Bound.KEPT
+        best_name, best_s = incumbent, own_s
+        # that a constraint is not kept is more to say than that nothing changed
+        bound = Bound.KEPT if best_level < LATE else bound
     if table.mode == Mode.SHADOW:
         return Selection(profile=NONE, wanted=best_name, bound=bound, predicted_s=best_s)
     if allowance_s > 0 and rule.explore_share > 0 and best_level == FITS:

@@ -193,7 +193,7 @@ def reason(value: dict[str, Any]) -> str:
         "TableExpired": "the table has expired: the policy's fallback",
         "PeerCannotDecode": "the consumer can't decode what was wanted",
     }
-    told = words.get(value["bound"], value["bound"])
+    told = words.get(value["bound"], str(value["bound"]))
     if value["wanted"] != value["profile"]:
         told = f"not acting; {value['wanted']} would be used: {told}"
     return told

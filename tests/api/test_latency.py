@@ -131,7 +131,7 @@ def test_link_refuses_nonsense(bad: float) -> None:
     waits = ("backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s")
     for field in ("bytes_per_s", *waits):
         with pytest.raises(SpecError, match=field):
-            Link(**({"bytes_per_s": 1.0} | {field: bad}))
+            replace(Link(bytes_per_s=1.0), **{field: bad})  # type: ignore[arg-type]
     for field in ("arrivals_per_s", "native_bytes_per_s"):
         with pytest.raises(SpecError, match=field):
             Load(**{field: bad})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvserve_api.canonical import canonical_json, digest
 from kvserve_api.errors import ArtifactError
 from kvserve_api.policy import Policy
+from kvserve_api.profile_set import ParetoSet
 from kvserve_api.table import Version
 from kvserve_controller.checkpoint import MAX_BYTES, Checkpoint, read, write
 from kvserve_controller.controller import Controller
@@ -33,10 +34,10 @@ def controller(wall_s: float = 1000.0, checkpoint: Checkpoint | None = None) -> 
     )
 
 
-def serve(subject: Controller, **entry: Any) -> None:
+def serve(subject: Controller, set_: ParetoSet | None = None) -> None:
     """Give a controller the policy ``default/chat``."""
     policy = Policy.from_object(policy_object())
-    subject.apply({policy.key: Entry(**({"policy": policy, "pareto": pareto()} | entry))})
+    subject.apply({policy.key: Entry(policy=policy, pareto=set_ or pareto())})
 
 
 def taught(wall_s: float = 1000.0) -> Controller:
@@ -86,7 +87,7 @@ def test_old_learning_is_doubted() -> None:
 def test_learning_of_another_set_is_left() -> None:
     """Corrections are of one Pareto set's profiles: another set starts anew."""
     again = controller(1010.0, Checkpoint.parse(taught().checkpoint().document()))
-    serve(again, pareto=pareto(INT4, RAW))
+    serve(again, pareto(INT4, RAW))
     assert encode_s(again) == pytest.approx(0.1)
 
 

@@ -66,7 +66,8 @@ def test_before_any_transfer() -> None:
     forecast = Forecast()
     forecast.add(1.0, 0.0)
     forecast.add(0.0, 1.0)
-    assert forecast.spread == Spread(0.0, pytest.approx(PRIOR_SD))
+    assert forecast.spread.bias == 0.0
+    assert forecast.spread.sd == pytest.approx(PRIOR_SD)
 
 
 def test_doubt_weighs_by_its_stage() -> None:

@@ -157,6 +157,7 @@ async def test_decisions_can_be_asked_for_and_learning_survives(
     async with PodClient(process.address, "p", "Prefill") as producer:
         await until(lambda: producer.table)
         link = Link(bytes_per_s=1e7)
+        assert producer.table is not None
         made = decide(producer.table, "default", native_bytes=10_000_000, link=link, wall_s=1.0)
         await producer.send(decisions=pb.Decisions(decisions=[decision_to_message(made)]))
         await producer.report(*[slow] * 30)
@@ -177,12 +178,14 @@ async def test_decisions_can_be_asked_for_and_learning_survives(
     process.start()
     async with PodClient(process.address, "p", "Prefill") as producer:
         await until(lambda: producer.table)
+        assert producer.table is not None
         assert producer.table.candidates["int4"].encode.seconds(1e9) > 3.0
     assert process.end() == 0
     state.write_bytes(state.read_bytes()[:-10])
     process.start()
     async with PodClient(process.address, "p", "Prefill") as producer:
         await until(lambda: producer.table)
+        assert producer.table is not None
         assert producer.table.candidates["int4"].encode.seconds(1e9) == pytest.approx(1.0)
     assert "state refused, learning starts anew" in process.log.read_text()
 
