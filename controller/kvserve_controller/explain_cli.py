@@ -16,6 +16,7 @@ from kvserve_api.errors import PolicyError, SpecError, UnavailableError
 from kvserve_api.latency import Link, Load
 from kvserve_api.policy import Policy
 from kvserve_api.profile_set import DEFAULT_CLASS, ParetoSet
+from kvserve_api.selection import Bound
 from kvserve_api.table import Version
 from kvserve_controller.compile import compile_table
 
@@ -192,6 +193,7 @@ def reason(value: dict[str, Any]) -> str:
         "Off": "the policy's mode is Off",
         "TableExpired": "the table has expired: the policy's fallback",
         "PeerCannotDecode": "the consumer can't decode what was wanted",
+        Bound.OPAQUE.value: "what was wanted can't code a cache of this kind",
     }
     told = words.get(value["bound"], str(value["bound"]))
     if value["wanted"] != value["profile"]:

@@ -132,7 +132,7 @@ def test_pods_are_restricted(render: Render, values: Json) -> None:
             }
             assert container["resources"]["requests"]["memory"]
         writable = [v["name"] for v in spec.get("volumes", []) if "emptyDir" in v]
-        assert writable in (["tmp"], [])
+        assert writable in (["tmp"], ["tmp", "state"], [])
 
 
 def test_defaults_make_what_they_say(render: Render) -> None:
