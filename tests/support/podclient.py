@@ -51,6 +51,7 @@ class PodClient:
         if version is not None:
             fields["version"] = version_to_message(version)
         hello = pb.Hello(pod=self.name, role=self.role, **fields)
+        self._writing = asyncio.Lock()
         await self._call.write(pb.PodMessage(hello=hello))
         self._reader = asyncio.create_task(self._read())
         return self
@@ -63,8 +64,9 @@ class PodClient:
         await self._channel.close(None)
 
     async def send(self, **body: Any) -> None:
-        """Send a message."""
-        await self._call.write(pb.PodMessage(**body))
+        """Send a message; one after the other, as a stream wants it."""
+        async with self._writing:
+            await self._call.write(pb.PodMessage(**body))
 
     async def report(self, *reports: pb.TransferReport) -> None:
         """Report transfers."""
