@@ -1,0 +1,169 @@
+"""KVServe as it runs, in the replay's time: the pod's selection and link, and the controller's `Program` behind it.
+
+What a pod knows at once (its link, its queue) it uses at once. The controller hears of transfers as the connector reports
+them, in one batch a second, and pushes a table when its own rules say so, looking twice a second; the pod has it a
+little later. Nothing here decides: it only carries values at the times at which they would arrive.
+"""
+
+from collections import deque
+from typing import Any, Final
+
+from controller_link import WatchedLink
+from controller_profiles import MODEL
+from controller_queue import Sent, Tandem
+from controller_scenarios import Arrival, Scenario, chunks_of
+from kvserve_api.latency import Link
+from kvserve_api.policy import Policy
+from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.rpc.messages import version_to_message
+from kvserve_api.selection import Selection, select
+from kvserve_api.table import DecisionTable
+from kvserve_connector.control import REPORT_EVERY_S
+from kvserve_controller.program import Instant, Program
+from kvserve_controller.server import TICK_S
+from kvserve_controller.source import Entry
+from kvserve_controller.versions import VersionClock
+
+REPORT_DELAY_S: Final = 0.1
+PUSH_DELAY_S: Final = 0.2
+
+
+class KVServe:
+    """The real thing, or less of it.
+
+    Args:
+        scenario: What was profiled, the budgets, and the prior.
+        residuals: Whether the controller hears of transfers.
+        backlog: Whether the pod knows what is queued.
+    """
+
+    def __init__(
+        self, scenario: Scenario, *, residuals: bool = True, backlog: bool = True
+    ) -> None:
+        self._scenario = scenario
+        self._residuals = residuals
+        self._backlog = backlog
+        self._watched = WatchedLink(scenario.rtt_s)
+        self._program = Program(
+            "default/bench",
+            prior_bytes_per_s=scenario.prior_bytes_per_s,
+            next_version=VersionClock(1.0).next,
+        )
+        entry = Entry(policy=policy(scenario.budgets_bp), pareto=scenario.pareto, generation=1)
+        self._program.load(entry, Instant(0.0, 0.0))
+        if self._program.problem is not None:
+            raise self._program.problem
+        self._table = self._in_force()
+        self._pushed: deque[tuple[float, DecisionTable]] = deque()
+        self._selections: dict[int, Selection] = {}
+        self._under_way: list[tuple[int, str, DecisionTable, Sent]] = []
+        self._reports: list[Any] = []
+        self._posted: deque[tuple[float, list[Any]]] = deque()
+        self._next_post_s = REPORT_EVERY_S
+        self._next_tick_s = TICK_S
+
+    def choose(self, index: int, arrival: Arrival, _tandem: Tandem) -> str:
+        """Return what the pod selects."""
+        self._until(arrival.at_s)
+        link = self._watched.link(self._table.prior_bytes_per_s)
+        if not self._backlog:
+            link = Link(bytes_per_s=link.bytes_per_s, rtt_s=link.rtt_s)
+        selection = select(
+            self._table,
+            arrival.workload,
+            native_bytes=arrival.native_bytes,
+            link=link,
+            chunks=chunks_of(arrival.native_bytes),
+        )
+        self._selections[index] = selection
+        return selection.profile
+
+    def sent(self, index: int, profile: str, sent: Sent) -> None:
+        """Take note of a transfer."""
+        ratio = self._table.candidates[profile].ratio
+        self._watched.promise(sent, self._scenario.arrivals[index].native_bytes / ratio)
+        self._under_way.append((index, profile, self._table, sent))
+
+    def _until(self, now_s: float) -> None:
+        """Let everything happen that happens by now, in its order."""
+        while (at_s := min(self._next_post_s, self._next_tick_s)) <= now_s:
+            if at_s == self._next_post_s:
+                self._watched.until(at_s)
+                self._collect(at_s)
+                if self._reports:
+                    self._posted.append((at_s + REPORT_DELAY_S, self._reports))
+                    self._reports = []
+                self._next_post_s += REPORT_EVERY_S
+            else:
+                self._tick(at_s)
+                self._next_tick_s += TICK_S
+        self._watched.until(now_s)
+        while self._pushed and self._pushed[0][0] <= now_s:
+            self._table = self._pushed.popleft()[1]
+
+    def _tick(self, now_s: float) -> None:
+        now = Instant(now_s, now_s)
+        while self._posted and self._posted[0][0] <= now_s:
+            messages = self._posted.popleft()[1]
+            if self._residuals:
+                self._program.observe(messages, now)
+        if self._program.tick(now) is not None:
+            self._pushed.append((now_s + PUSH_DELAY_S, self._in_force()))
+
+    def _collect(self, now_s: float) -> None:
+        """Report the transfers that have ended."""
+        still = []
+        for entry in self._under_way:
+            if entry[3].done_s <= now_s:
+                self._reports.append(self._report(*entry))
+            else:
+                still.append(entry)
+        self._under_way = still
+
+    def _report(self, index: int, profile: str, table: DecisionTable, sent: Sent) -> Any:
+        arrival, selection = self._scenario.arrivals[index], self._selections.pop(index)
+        return pb.TransferReport(
+            workload=arrival.workload,
+            profile=profile,
+            wanted=selection.wanted,
+            bound=selection.bound.value,
+            version=version_to_message(table.version),
+            producer="producer",
+            native_bytes=arrival.native_bytes,
+            wire_bytes=max(1, int(sent.work.wire_bytes)),
+            encode_s=sent.work.encode_s,
+            wire_s=sum(end_s - start_s for _, start_s, end_s in sent.link),
+            decode_s=sent.work.decode_s,
+            total_s=sent.total_s,
+            predicted_s=selection.predicted_s,
+            goodput_bytes_per_s=self._watched.link(table.prior_bytes_per_s).bytes_per_s,
+        )
+
+    def _in_force(self) -> DecisionTable:
+        table = self._program.table
+        assert table is not None
+        return table
+
+
+def policy(budgets_bp: dict[str, int] | Any) -> Policy:
+    """Return the policy of a scenario."""
+    return Policy.from_object(
+        {
+            "apiVersion": "kvserve.io/v1alpha1",
+            "kind": "KVServePolicy",
+            "metadata": {"name": "bench", "namespace": "default"},
+            "spec": {
+                "model": {"name": MODEL},
+                "targets": [
+                    {"role": role, "selector": {"matchLabels": {"app": role.lower()}}}
+                    for role in ("Prefill", "Decode")
+                ],
+                "quality": {"maxLossBasisPoints": budgets_bp["default"]},
+                "workloads": [
+                    {"name": name, "quality": {"maxLossBasisPoints": budget_bp}}
+                    for name, budget_bp in budgets_bp.items()
+                    if name != "default"
+                ],
+            },
+        }
+    )
