@@ -50,7 +50,10 @@ class Controller:
             checkpoint: What an earlier controller had learned.
         """
         self.hub = Hub(
-            on_answer=self._on_answer, on_behind=self._on_behind, ack_timeout_s=ack_timeout_s
+            on_answer=self._on_answer,
+            on_behind=self._on_behind,
+            on_settled=self._on_settled,
+            ack_timeout_s=ack_timeout_s,
         )
         self.synced = False
         self._prior_bytes_per_s = prior_bytes_per_s
@@ -61,11 +64,13 @@ class Controller:
         self._checkpoint = checkpoint
         if checkpoint is not None:
             self._versions.raise_above(checkpoint.version)
+        self._offered_s: dict[str, float] = {}
 
     def apply(self, snapshot: Snapshot) -> None:
         """Take up all policies and Pareto sets as their source has them now."""
         for key in [key for key, (uid, _) in self._programs.items() if _uid(snapshot, key) != uid]:
             del self._programs[key]
+            self._offered_s.pop(key, None)
             self.hub.withdraw(key)
         causes: dict[str, Cause | None] = {}
         for key, entry in snapshot.items():
@@ -166,6 +171,7 @@ class Controller:
         """Push a program's new table, if it has one."""
         if cause is not None and program.table is not None:
             program.decisions.offered(program.table)
+            self._offered_s[program.key] = self._now().mono_s
             self.hub.offer(program.key, program.table, program.fingerprint)
 
     def _explain(self, program: Program, cause: Cause | None) -> None:
@@ -179,6 +185,12 @@ class Controller:
 
     def _on_answer(self, policy: str, outcome: Outcome) -> None:
         self._metrics.pushes(policy, outcome)
+
+    def _on_settled(self, policy: str, version: Version, pods: int) -> None:
+        _, program = self._programs.get(policy, ("", None))
+        if program is not None:
+            seconds = self._now().mono_s - self._offered_s[policy]
+            _record("answered", program, version=str(version), pods=pods, seconds=round(seconds, 4))
 
     def _on_behind(self, policy: str) -> None:
         _, program = self._programs.get(policy, ("", None))

@@ -1,7 +1,7 @@
 """The state of the push channel: which pod is sent what, and when. No I/O and no clock of its own.
 
 `service` reads and writes the streams; here is decided. A table is sent to a policy's Decode pods first, and to its
-Prefill pods when every Decode pod that was connected at that time has answered or is gone.
+Prefill pods when every Decode pod that was connected at that time has answered, is gone, or has been silent for a while.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ from kvserve_controller.match import Pod, match
 
 ACK_TIMEOUT_S: Final = 30.0
 """How long a pod may take to answer a table before its stream is closed; it may have to compile kernels first."""
+SILENT_S: Final = 2.0
+"""After how long without an answer a Decode pod is not waited for any more, until it answers; its stream stays open."""
 RETRY_S: Final = 30.0
 """After how long a table is sent again to a pod that could not get its calibration bundles at that time."""
 MAX_STREAMS: Final = 8192
@@ -101,6 +103,7 @@ class Session:
         held: The version the pod has in force, as far as known.
         acked: The last version it acknowledged on this stream.
         sent: What it has not answered yet.
+        silent: That is a while ago: nobody waits for the answer.
         rejection: What it refused last.
         ending: Why the stream is to be closed, and what to tell the pod; None while it stays open.
         wake: Set when there may be something to send.
@@ -112,6 +115,7 @@ class Session:
         self.held = pod.version
         self.acked: Version | None = None
         self.sent: Sent | None = None
+        self.silent = False
         self.rejection: Rejection | None = None
         self.ending: tuple[Ending, str] | None = None
         self.wake = asyncio.Event()
@@ -136,12 +140,27 @@ class Session:
 
 
 class Offer:
-    """A table in force and the Decode pods that its Prefill pods wait for."""
+    """A table in force, and who has not answered it yet.
 
-    def __init__(self, table: DecisionTable, fingerprint: str, waiting: set[Session]) -> None:
+    Attributes:
+        table: The table.
+        fingerprint: Of the model that was profiled; empty if unknown.
+        waiting: The Decode pods that its Prefill pods wait for.
+        unanswered: All pods that were connected when it was offered and have neither answered nor gone.
+        pods: How many there were.
+        message: The table as a message.
+    """
+
+    def __init__(self, table: DecisionTable, fingerprint: str, members: Iterable[Session]) -> None:
         self.table = table
         self.fingerprint = fingerprint
-        self.waiting = waiting
+        self.unanswered = {session for session in members if self.suits(session.pod)}
+        self.waiting = {
+            session
+            for session in self.unanswered
+            if session.pod.role is Role.DECODE and not session.silent
+        }
+        self.pods = len(self.unanswered)
         self.message = push_from_table(table, "")
 
     def is_turn_of(self, session: Session) -> bool:
@@ -156,6 +175,11 @@ class Offer:
 
 
 Answered: TypeAlias = Callable[[str, Outcome], None]
+Settled: TypeAlias = Callable[[str, Version, int], None]
+
+
+def _nothing(_policy: str, _version: Version, _pods: int) -> None:
+    """Do nothing."""
 
 
 class Hub:
@@ -171,6 +195,7 @@ class Hub:
         *,
         on_answer: Answered,
         on_behind: Callable[[str], None],
+        on_settled: Settled = _nothing,
         ack_timeout_s: float = ACK_TIMEOUT_S,
     ) -> None:
         """Make a hub without streams.
@@ -178,6 +203,8 @@ class Hub:
         Args:
             on_answer: Called with the policy and what became of a push.
             on_behind: Called with a policy of whose table a pod holds a higher version; it must offer a higher one.
+            on_settled: Called with a policy, the version of its table in force and a number of pods when all that were
+                connected when it was offered have answered or are gone.
             ack_timeout_s: How long a pod may take to answer.
         """
         self.synced = False
@@ -188,6 +215,7 @@ class Hub:
         self._rejections: dict[tuple[str, str, frozenset[str]], Rejection] = {}
         self._on_answer = on_answer
         self._on_behind = on_behind
+        self._on_settled = on_settled
         self._ack_timeout_s = ack_timeout_s
 
     def connect(self, pod: Pod) -> Session:
@@ -238,13 +266,7 @@ class Hub:
     def offer(self, policy: str, table: DecisionTable, fingerprint: str) -> None:
         """Put a table in force: it is pushed to the policy's pods, Decode before Prefill."""
         members = self._by_policy.get(policy, {}).values()
-        offer = Offer(table, fingerprint, set())
-        offer.waiting |= {
-            session
-            for session in members
-            if session.pod.role is Role.DECODE and offer.suits(session.pod)
-        }
-        self._offers[policy] = offer
+        self._offers[policy] = Offer(table, fingerprint, members)
         self._wake(members)
 
     def withdraw(self, policy: str) -> None:
@@ -263,6 +285,7 @@ class Hub:
         if sent is None or sent.nonce != nonce:
             return
         session.sent = None
+        session.silent = False
         if rejection is None:
             session.acked = session.held = sent.version
             session.rejection = None
@@ -282,6 +305,7 @@ class Hub:
             self._on_answer(session.policy, Outcome.ACK if rejection is None else Outcome.NACK)
             offer = self._offers.get(session.policy)
             if offer is not None and session.has_answered(offer.table.version):
+                self._wait_no_longer(session, offer)
                 self._settle(session, offer)
         session.wake.set()
 
@@ -299,6 +323,10 @@ class Hub:
             )
             return None
         offer = self._offers.get(session.policy or "")
+        if session.sent is not None and now_s >= session.sent.at_s + SILENT_S:
+            session.silent = True
+            if offer is not None:
+                self._wait_no_longer(session, offer)
         if session.policy is None or (offer is not None and not offer.suits(session.pod)):
             return self._release(session)
         if offer is None:
@@ -319,7 +347,8 @@ class Hub:
         """Return for how many seconds there is nothing to send unless `Session.wake` is set; None for ever."""
         times_s = []
         if session.sent is not None:
-            times_s.append(session.sent.at_s + self._ack_timeout_s)
+            silence_s = self._ack_timeout_s if session.silent else min(SILENT_S, self._ack_timeout_s)
+            times_s.append(session.sent.at_s + silence_s)
         offer = self._offers.get(session.policy or "")
         if offer is not None and offer.suits(session.pod) and session.held is not None:
             times_s.append(self._heartbeat_s(session, offer))
@@ -373,18 +402,26 @@ class Hub:
             self._by_policy.pop(session.policy, None)
         offer = self._offers.get(session.policy)
         if offer is not None:
+            self._wait_no_longer(session, offer)
             self._settle(session, offer)
 
     def _forget(self, session: Session) -> None:
         del self.sessions[session.pod.key]
         self._leave(session)
 
-    def _settle(self, session: Session, offer: Offer) -> None:
-        """Wait no longer for a Decode pod that answered the table in force, or is gone."""
+    def _wait_no_longer(self, session: Session, offer: Offer) -> None:
+        """Let the Prefill pods have the table in force, unless another Decode pod is still waited for."""
         if session in offer.waiting:
             offer.waiting.discard(session)
             if not offer.waiting:
                 self._wake(self._by_policy.get(offer.table.policy, {}).values())
+
+    def _settle(self, session: Session, offer: Offer) -> None:
+        """Take note that a pod answered the table in force, or is gone."""
+        if session in offer.unanswered:
+            offer.unanswered.discard(session)
+            if not offer.unanswered:
+                self._on_settled(offer.table.policy, offer.table.version, offer.pods)
 
     def _remember(self, pod: Pod, rejection: Rejection) -> None:
         """Keep a refusal over reconnects, until the pod is another one or the table is."""

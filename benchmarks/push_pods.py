@@ -1,0 +1,224 @@
+"""Many serving pods' ends of the control channel in one process, for `bench_push`.
+
+Each pod has a TCP connection and a stream of its own, says Hello, acknowledges every table at once, reports a transfer a
+second, and reconnects as the connector does. Commands come as words on standard input: ``drop`` ends all streams at
+once, ``stick`` has the first Decode pod answer nothing any more, ``quit`` ends the process. Events go as JSON lines
+to standard output.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from kvserve_api.rpc import control_pb2 as pb
+from kvserve_api.rpc.control_pb2_grpc import ControlStub
+
+OPTIONS: Final = (
+    # otherwise all channels of a process would share one connection
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all pods of the process have in common.
+
+    Attributes:
+        address: Of the controller.
+        first_backoff_s: The connector's backoff after the first failure.
+        last_backoff_s: Its longest.
+        report_every_s: How often each pod reports a transfer; 0 for never.
+    """
+
+    address: str
+    first_backoff_s: float
+    last_backoff_s: float
+    report_every_s: float
+
+
+class Pod:
+    """One pod.
+
+    Attributes:
+        held: The version it holds.
+        lowered: How often it was pushed a lower version than it held.
+        stuck: It answers nothing any more.
+    """
+
+    def __init__(self, fleet: "Fleet", name: str, role: str) -> None:
+        self.held: Version | None = None
+        self.lowered = 0
+        self.stuck = False
+        self._fleet = fleet
+        self._name = name
+        self._role = role
+        self._call: Any = None
+        self._profile = ""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a Decode pod."""
+        return self._role == "Decode"
+
+    def drop(self) -> None:
+        """End the stream at once."""
+        if self._call is not None:
+            self._call.cancel()
+
+    async def run(self) -> None:
+        """Keep a stream open."""
+        settings = self._fleet.settings
+        backoff_s = settings.first_backoff_s
+        while True:
+            began_s = time.monotonic()
+            try:
+                async with grpc.aio.insecure_channel(settings.address, options=OPTIONS) as channel:
+                    await self._session(channel)
+            except (grpc.aio.AioRpcError, asyncio.CancelledError):
+                if self._fleet.closed:
+                    return
+            self._fleet.lost(self)
+            if time.monotonic() - began_s > 1.0:
+                backoff_s = settings.first_backoff_s
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+            backoff_s = min(2 * backoff_s, settings.last_backoff_s)
+
+    async def _session(self, channel: grpc.aio.Channel) -> None:
+        self._call = call = ControlStub(channel).Connect()  # type: ignore[no-untyped-call]
+        hello = pb.Hello(
+            pod=self._name, namespace="default", role=self._role, labels={"app": self._role.lower()}
+        )
+        if self.held is not None:
+            hello.version.epoch, hello.version.counter = self.held
+        await call.write(pb.PodMessage(hello=hello))
+        reporter = asyncio.create_task(self._report(call))
+        try:
+            async for message in call:
+                if message.WhichOneof("body") == "push" and not self.stuck:
+                    await self._take(call, message.push)
+        finally:
+            reporter.cancel()
+            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                await reporter
+
+    async def _take(self, call: Any, push: pb.Push) -> None:
+        version = push.version.epoch, push.version.counter
+        if self.held is not None and version < self.held:
+            self.lowered += 1
+        self.held = version
+        self._profile = push.table.candidates[0].name
+        await call.write(pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce)))
+        self._fleet.acknowledged(self, version)
+
+    async def _report(self, call: Any) -> None:
+        every_s = self._fleet.settings.report_every_s
+        if not every_s:
+            return
+        await asyncio.sleep(random.uniform(0, every_s))
+        while True:
+            if self._profile:
+                report = pb.TransferReport(
+                    workload="default",
+                    profile=self._profile,
+                    native_bytes=30_000_000,
+                    wire_bytes=30_000_000,
+                    encode_s=0.01,
+                    wire_s=0.1,
+                    decode_s=0.01,
+                    total_s=0.12,
+                    goodput_bytes_per_s=3e8,
+                )
+                reports = pb.TransferReports(reports=[report])
+                await call.write(pb.PodMessage(reports=reports))
+            await asyncio.sleep(every_s)
+
+
+class Fleet:
+    """All pods of the process.
+
+    Attributes:
+        settings: What they have in common.
+        closed: They are to end.
+    """
+
+    def __init__(self, settings: Settings, names: list[tuple[str, str]]) -> None:
+        self.settings = settings
+        self.closed = False
+        self._pods = [Pod(self, name, role) for name, role in names]
+        self._acked: dict[Version, dict[Pod, float]] = {}
+
+    def acknowledged(self, pod: Pod, version: Version) -> None:
+        """Take note of an answer; when all pods have given it, say so."""
+        answers = self._acked.setdefault(version, {})
+        answers[pod] = time.time()
+        expected = sum(not pod.stuck for pod in self._pods)
+        if len(answers) == expected:
+            _say(
+                event="all",
+                version=version,
+                last_s=max(answers.values()),
+                lowered=sum(pod.lowered for pod in self._pods),
+            )
+
+    def lost(self, pod: Pod) -> None:
+        """Take note that a pod's stream ended: what it answered must be answered anew."""
+        for answers in self._acked.values():
+            answers.pop(pod, None)
+
+    async def run(self) -> None:
+        """Serve commands until told to quit."""
+        tasks = [asyncio.create_task(pod.run()) for pod in self._pods]
+        reader = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while (command := (await reader.readline()).decode().strip()) not in ("quit", ""):
+            match command:
+                case "drop":
+                    for pod in self._pods:
+                        pod.drop()
+                case "stick":
+                    next(pod for pod in self._pods if pod.decodes).stuck = True
+        self.closed = True
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _say(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def main() -> None:
+    """Run a fleet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--pods", type=int, required=True)
+    parser.add_argument("--name", required=True, help="prefix of the pods' names")
+    parser.add_argument("--backoff", type=float, nargs=2, required=True)
+    parser.add_argument("--report-every", type=float, default=1.0)
+    options = parser.parse_args()
+    settings = Settings(options.address, *options.backoff, options.report_every)
+    names = [
+        (f"{options.name}-{number}", "Decode" if number % 2 else "Prefill")
+        for number in range(options.pods)
+    ]
+    # a thousand pods share this process; each has its own collector in truth
+    gc.freeze()
+    asyncio.run(Fleet(settings, names).run())
+
+
+if __name__ == "__main__":
+    main()
