@@ -46,9 +46,9 @@ from kvserve_connector.control import FIRST_BACKOFF_S, LAST_BACKOFF_S
 
 OUT: Final = Path(__file__).parents[1] / "build" / "bench" / "push.json"
 PROCESSES: Final = 2
-BUDGETS_BP: Final = (100, 60, 30)
+BUDGETS_BP: Final = (100, 70, 10)
 """Each is another table."""
-MOST_WAIT_S: Final = 15.0
+MOST_WAIT_S: Final = 30.0
 TARGETS: Final = {
     "change_p99_s": 0.5,
     "stuck_p99_s": 0.5,
@@ -115,6 +115,12 @@ class Controller:
         status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         values = {line.split(":")[0]: line.split()[1] for line in status if line.startswith("Vm")}
         return int(values["VmRSS"]) / 1024, int(values["VmHWM"]) / 1024
+
+    def cpu_s(self) -> float:
+        """Return the processor time it has used."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def set_budget(self, budget_bp: int) -> None:
         """Change the policy."""
@@ -221,8 +227,7 @@ class Pods:
 
 def measure(pods: int, rounds: int, *, reports: bool) -> dict[str, Any]:
     """Do all that ``make bench-push`` does."""
-    folder = tempfile.mkdtemp()
-    if True:
+    with tempfile.TemporaryDirectory() as folder:
         controller = Controller(Path(folder))
         controller.set_budget(BUDGETS_BP[-1])
         controller.start()
@@ -239,9 +244,13 @@ def _phases(controller: Controller, fleet: Pods, rounds: int) -> dict[str, Any]:
     held = fleet.all_hold(lambda _: True)["version"]
     _log("all pods hold a table")
 
+    began_cpu_s = controller.cpu_s()
     versions = _change(controller, fleet, rounds, held)
+    result["change_cpu_s"] = (controller.cpu_s() - began_cpu_s) / rounds
     answered = controller.records("answered")
-    result |= _percentiles("change", [answered[_text(version)]["seconds"] for version in versions])
+    # a table that was superseded before its last answer has no record
+    seconds = [answered[_text(v)]["seconds"] for v in versions if _text(v) in answered]
+    result |= {"changes_answered": len(seconds)} | _percentiles("change", seconds)
     held = versions[-1]
     _log(f"{rounds} changes of the policy")
 

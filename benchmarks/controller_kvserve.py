@@ -6,6 +6,8 @@ little later. Nothing here decides: it only carries values at the times at which
 """
 
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from controller_link import WatchedLink
@@ -16,9 +18,10 @@ from kvserve_api.latency import Link
 from kvserve_api.policy import Policy
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.messages import version_to_message
-from kvserve_api.selection import Selection, select
+from kvserve_api.selection import Bound, Selection, select
 from kvserve_api.table import DecisionTable
 from kvserve_connector.control import REPORT_EVERY_S
+from kvserve_connector.loads import Arrivals
 from kvserve_controller.program import Instant, Program
 from kvserve_controller.server import TICK_S
 from kvserve_controller.source import Entry
@@ -26,6 +29,8 @@ from kvserve_controller.versions import VersionClock
 
 REPORT_DELAY_S: Final = 0.1
 PUSH_DELAY_S: Final = 0.2
+GOLDEN: Final = 0.6180339887498949
+"""Multiples of it are spread evenly over 0 to 1."""
 
 
 class KVServe:
@@ -34,11 +39,17 @@ class KVServe:
     Args:
         scenario: What was profiled, the budgets, and the prior.
         residuals: Whether the controller hears of transfers.
-        backlog: Whether the pod knows what is queued.
+        backlog: Whether the pod knows what is queued, and how much is asked for.
+        bandit: Whether it may explore.
     """
 
     def __init__(
-        self, scenario: Scenario, *, residuals: bool = True, backlog: bool = True
+        self,
+        scenario: Scenario,
+        *,
+        residuals: bool = True,
+        backlog: bool = True,
+        bandit: bool = True,
     ) -> None:
         self._scenario = scenario
         self._residuals = residuals
@@ -49,13 +60,16 @@ class KVServe:
             prior_bytes_per_s=scenario.prior_bytes_per_s,
             next_version=VersionClock(1.0).next,
         )
-        entry = Entry(policy=policy(scenario.budgets_bp), pareto=scenario.pareto, generation=1)
+        entry = Entry(policy=policy(scenario.budgets_bp, bandit=bandit), pareto=scenario.pareto, generation=1)
         self._program.load(entry, Instant(0.0, 0.0))
         if self._program.problem is not None:
             raise self._program.problem
         self._table = self._in_force()
         self._pushed: deque[tuple[float, DecisionTable]] = deque()
         self._selections: dict[int, Selection] = {}
+        self._arrivals = Arrivals(0.0)
+        self._incumbents: dict[str, str] = {}
+        self._choices: dict[str, int] = {}
         self._under_way: list[tuple[int, str, DecisionTable, Sent]] = []
         self._reports: list[Any] = []
         self._posted: deque[tuple[float, list[Any]]] = deque()
@@ -65,16 +79,20 @@ class KVServe:
     def choose(self, index: int, arrival: Arrival, _tandem: Tandem) -> str:
         """Return what the pod selects."""
         self._until(arrival.at_s)
-        link = self._watched.link(self._table.prior_bytes_per_s)
-        if not self._backlog:
-            link = Link(bytes_per_s=link.bytes_per_s, rtt_s=link.rtt_s)
+        workload = arrival.workload
+        count = self._choices[workload] = self._choices.get(workload, 0) + 1
         selection = select(
             self._table,
-            arrival.workload,
+            workload,
             native_bytes=arrival.native_bytes,
-            link=link,
+            link=self._link(arrival.at_s),
             chunks=chunks_of(arrival.native_bytes),
+            incumbent=self._incumbents.get(workload),
+            ticket=count * GOLDEN % 1,
         )
+        if selection.bound is not Bound.EXPLORED:
+            self._incumbents[workload] = selection.wanted
+        self._arrivals.add(arrival.at_s, arrival.native_bytes)
         self._selections[index] = selection
         return selection.profile
 
@@ -83,6 +101,27 @@ class KVServe:
         ratio = self._table.candidates[profile].ratio
         self._watched.promise(sent, self._scenario.arrivals[index].native_bytes / ratio)
         self._under_way.append((index, profile, self._table, sent))
+
+    def _link(self, now_s: float) -> Link:
+        """Return what the pod knows of the link, and of its coder: there is one of each."""
+        known = self._watched.link(self._table.prior_bytes_per_s)
+        if not self._backlog:
+            return Link(bytes_per_s=known.bytes_per_s, rtt_s=known.rtt_s)
+        encode_s = decode_s = 0.0
+        for index, profile, table, sent in self._under_way:
+            native, chunks = self._scenario.arrivals[index].native_bytes, sent.work.chunks
+            candidate = table.candidates[profile]
+            gone = sum(end_s <= now_s for _, _, end_s in sent.link)
+            encode_s += candidate.encode.seconds(native) * (1 - len(sent.link) / chunks)
+            decode_s += candidate.decode.seconds(native) * (1 - gone / chunks)
+        load = self._arrivals.load(now_s)
+        return replace(
+            known,
+            encode_backlog_s=encode_s,
+            decode_backlog_s=decode_s,
+            load=load,
+            encoder_load=load,
+        )
 
     def _until(self, now_s: float) -> None:
         """Let everything happen that happens by now, in its order."""
@@ -106,7 +145,7 @@ class KVServe:
         while self._posted and self._posted[0][0] <= now_s:
             messages = self._posted.popleft()[1]
             if self._residuals:
-                self._program.observe(messages, now)
+                self._program.observe(messages, now, consumer="consumer")
         if self._program.tick(now) is not None:
             self._pushed.append((now_s + PUSH_DELAY_S, self._in_force()))
 
@@ -145,8 +184,8 @@ class KVServe:
         return table
 
 
-def policy(budgets_bp: dict[str, int] | Any) -> Policy:
-    """Return the policy of a scenario."""
+def policy(budgets_bp: Mapping[str, int], *, bandit: bool = True) -> Policy:
+    """Return the policy of a scenario; all but what is given is the default."""
     return Policy.from_object(
         {
             "apiVersion": "kvserve.io/v1alpha1",
@@ -159,6 +198,7 @@ def policy(budgets_bp: dict[str, int] | Any) -> Policy:
                     for role in ("Prefill", "Decode")
                 ],
                 "quality": {"maxLossBasisPoints": budgets_bp["default"]},
+                "control": {} if bandit else {"exploration": {"maxBasisPoints": 0}},
                 "workloads": [
                     {"name": name, "quality": {"maxLossBasisPoints": budget_bp}}
                     for name, budget_bp in budgets_bp.items()

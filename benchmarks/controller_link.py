@@ -89,7 +89,7 @@ class WatchedLink:
             for number in range(seen, len(chunks)):
                 self._count += 1
                 last = number + 1 == sent.work.chunks
-                event = (chunks[number][2], self._count, last, account, promised)
+                event = (chunks[number][2], self._count, last, account, promised / sent.work.chunks)
                 heapq.heappush(self._events, event)
             if len(chunks) < sent.work.chunks:
                 still.append((sent, account, promised, len(chunks)))
@@ -97,9 +97,9 @@ class WatchedLink:
         while self._events and self._events[0][0] <= now_s:
             self.now_s, _, last, account, promised = heapq.heappop(self._events)
             self.state.sample(account)
+            self.state.queue(-promised)
             if last:
                 self.state.detach(account)
-                self.state.queue(-promised)
         self.now_s = now_s
 
     def link(self, prior_bytes_per_s: float) -> Link:

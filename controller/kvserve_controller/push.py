@@ -120,7 +120,6 @@ class Session:
         self.ending: tuple[Ending, str] | None = None
         self.wake = asyncio.Event()
         self.last_sent_s = 0.0
-        self.nonces = 0
 
     def end(self, ending: Ending, detail: str) -> None:
         """Have the stream closed."""
@@ -148,10 +147,12 @@ class Offer:
         waiting: The Decode pods that its Prefill pods wait for.
         unanswered: All pods that were connected when it was offered and have neither answered nor gone.
         pods: How many there were.
-        message: The table as a message.
+        message: What is sent to each of them: its nonce tells offers apart, and a pod has one on its way at most.
     """
 
-    def __init__(self, table: DecisionTable, fingerprint: str, members: Iterable[Session]) -> None:
+    def __init__(
+        self, table: DecisionTable, fingerprint: str, members: Iterable[Session], nonce: str
+    ) -> None:
         self.table = table
         self.fingerprint = fingerprint
         self.unanswered = {session for session in members if self.suits(session.pod)}
@@ -161,7 +162,7 @@ class Offer:
             if session.pod.role is Role.DECODE and not session.silent
         }
         self.pods = len(self.unanswered)
-        self.message = push_from_table(table, "")
+        self.message = pb.ControllerMessage(push=push_from_table(table, nonce))
 
     def is_turn_of(self, session: Session) -> bool:
         """Tell whether a pod may have the table now: Decode pods at once, others when no Decode pod is waited for."""
@@ -213,6 +214,7 @@ class Hub:
         self._offers: dict[str, Offer] = {}
         self._policies: Mapping[str, Policy] = {}
         self._rejections: dict[tuple[str, str, frozenset[str]], Rejection] = {}
+        self._numbers = 0
         self._on_answer = on_answer
         self._on_behind = on_behind
         self._on_settled = on_settled
@@ -266,8 +268,11 @@ class Hub:
     def offer(self, policy: str, table: DecisionTable, fingerprint: str) -> None:
         """Put a table in force: it is pushed to the policy's pods, Decode before Prefill."""
         members = self._by_policy.get(policy, {}).values()
-        self._offers[policy] = Offer(table, fingerprint, members)
-        self._wake(members)
+        self._numbers += 1
+        offer = Offer(table, fingerprint, members, str(self._numbers))
+        self._offers[policy] = offer
+        # a Prefill pod whose turn it is not would find nothing to do
+        self._wake(s for s in members if s not in offer.unanswered or offer.is_turn_of(s))
 
     def withdraw(self, policy: str) -> None:
         """Forget the table of a policy that is gone."""
@@ -307,6 +312,9 @@ class Hub:
             if offer is not None and session.has_answered(offer.table.version):
                 self._wait_no_longer(session, offer)
                 self._settle(session, offer)
+                if rejection is None:
+                    # nothing more to send for now; its next heartbeat is timed already
+                    return
         session.wake.set()
 
     def next_message(self, session: Session, now_s: float) -> pb.ControllerMessage | None:
@@ -364,13 +372,10 @@ class Hub:
         return {role: _count(offer, [s for s in members if s.pod.role is role]) for role in Role}
 
     def _push(self, session: Session, offer: Offer, now_s: float) -> pb.ControllerMessage:
-        session.nonces += 1
-        version, nonce = offer.table.version, str(session.nonces)
-        session.sent = Sent(version=version, nonce=nonce, at_s=now_s)
+        nonce = offer.message.push.nonce
+        session.sent = Sent(version=offer.table.version, nonce=nonce, at_s=now_s)
         session.last_sent_s = now_s
-        return pb.ControllerMessage(
-            push=pb.Push(version=offer.message.version, nonce=nonce, table=offer.message.table)
-        )
+        return offer.message
 
     def _release(self, session: Session) -> pb.ControllerMessage | None:
         if not self.synced or session.held is None:

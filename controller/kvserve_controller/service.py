@@ -127,7 +127,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
             message = self._hub.next_message(session, self._clock())
             if message is not None:
                 try:
-                    await asyncio.wait_for(context.write(message), SEND_TIMEOUT_S)
+                    async with asyncio.timeout(SEND_TIMEOUT_S):
+                        await context.write(message)
                 except TimeoutError:
                     session.end(Ending.SILENT, f"nothing was read for {SEND_TIMEOUT_S:g} s")
             elif session.ending is None:
@@ -135,8 +136,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
 
 async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:
+    # not wait_for, which makes a task each time: this runs for each of a thousand pods at once
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 def _code_of(error: SpecError) -> grpc.StatusCode:

@@ -10,7 +10,16 @@ from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.table import DecisionTable, Role, Version
 from kvserve_controller.compile import compile_table
 from kvserve_controller.match import Pod
-from kvserve_controller.push import ACK_TIMEOUT_S, RETRY_S, Counts, Ending, Hub, Outcome, Session
+from kvserve_controller.push import (
+    ACK_TIMEOUT_S,
+    RETRY_S,
+    SILENT_S,
+    Counts,
+    Ending,
+    Hub,
+    Outcome,
+    Session,
+)
 from samples import FINGERPRINT, pareto, policy_object
 
 CHAT = Policy.from_object(policy_object())
@@ -29,11 +38,14 @@ class Bench:
 
     outcomes: list[Outcome] = field(default_factory=list)
     behind: list[str] = field(default_factory=list)
+    settled: list[tuple[str, Version, int]] = field(default_factory=list)
     now_s: float = 100.0
 
     def __post_init__(self) -> None:
         self.hub = Hub(
-            on_answer=lambda _, outcome: self.outcomes.append(outcome), on_behind=self.behind.append
+            on_answer=lambda _, outcome: self.outcomes.append(outcome),
+            on_behind=self.behind.append,
+            on_settled=lambda *what: self.settled.append(what),
         )
         self.hub.rematch({KEY: CHAT})
 
@@ -95,18 +107,55 @@ def test_lost_decoder_is_not_waited_for(bench: Bench) -> None:
 
 
 def test_silent_decoder_loses_its_stream(bench: Bench) -> None:
-    """A pod that doesn't answer in time is disconnected and counted; then producers go on."""
-    producer, decoder = bench.connect("p", Role.PREFILL), bench.connect("d", Role.DECODE)
+    """A pod that doesn't answer in time is disconnected and counted."""
+    decoder = bench.connect("d", Role.DECODE)
     bench.hub.offer(KEY, table(1), "")
     assert bench.version(decoder) == 1
-    assert bench.hub.wait_s(decoder, bench.now_s) == ACK_TIMEOUT_S
-    bench.now_s += ACK_TIMEOUT_S
+    bench.now_s += SILENT_S
+    assert bench.sent(decoder) is None
+    assert decoder.ending is None
+    assert bench.hub.wait_s(decoder, bench.now_s) == ACK_TIMEOUT_S - SILENT_S
+    bench.now_s += ACK_TIMEOUT_S - SILENT_S
     assert bench.sent(decoder) is None
     assert decoder.ending is not None
     assert decoder.ending[0] is Ending.SILENT
     assert bench.outcomes == [Outcome.TIMEOUT]
-    bench.hub.disconnect(decoder)
+
+
+def test_silent_decoder_is_waited_for_once(bench: Bench) -> None:
+    """Producers wait a while for a silent decoder, and not at all with later tables until it has answered."""
+    producer, decoder = bench.connect("p", Role.PREFILL), bench.connect("d", Role.DECODE)
+    bench.hub.offer(KEY, table(1), "")
+    assert bench.version(decoder) == 1
+    assert bench.hub.wait_s(decoder, bench.now_s) == SILENT_S
+    bench.now_s += SILENT_S
+    assert bench.version(producer) is None
+    assert bench.sent(decoder) is None
+    assert producer.wake.is_set()
     assert bench.version(producer) == 1
+    bench.answer(producer)
+    bench.hub.offer(KEY, table(2), "")
+    assert bench.version(producer) == 2
+    bench.answer(producer)
+    bench.answer(decoder)
+    assert bench.version(decoder) == 2
+    bench.answer(decoder)
+    bench.hub.offer(KEY, table(3), "")
+    assert bench.version(producer) is None
+
+
+def test_settled_when_all_have_answered_or_gone(bench: Bench) -> None:
+    """The hub tells once when every pod that was there answered a table or is gone, however it answered."""
+    pods = [bench.connect(f"d{n}", Role.DECODE) for n in range(3)]
+    bench.hub.offer(KEY, table(1), "")
+    bench.connect("late", Role.DECODE)
+    for pod in pods[:2]:
+        assert bench.version(pod) == 1
+    bench.answer(pods[0])
+    bench.answer(pods[1], "UnknownStage")
+    assert bench.settled == []
+    bench.hub.disconnect(pods[2])
+    assert bench.settled == [(KEY, Version(epoch=1, counter=1), 3)]
 
 
 def test_late_decoder_is_not_waited_for(bench: Bench) -> None:
@@ -245,8 +294,10 @@ def test_pod_that_takes_its_time_hears_heartbeats(bench: Bench) -> None:
     decoder = bench.connect("d", Role.DECODE, version=Version(epoch=1, counter=1))
     bench.hub.offer(KEY, table(2), "")
     assert bench.version(decoder) == 2
-    assert bench.hub.wait_s(decoder, bench.now_s) == 20.0
-    bench.now_s += 20.0
+    bench.now_s += SILENT_S
+    assert bench.sent(decoder) is None
+    assert bench.hub.wait_s(decoder, bench.now_s) == 20.0 - SILENT_S
+    bench.now_s += 20.0 - SILENT_S
     message = bench.sent(decoder)
     assert message is not None
     assert message.heartbeat.version.counter == 1
