@@ -270,9 +270,7 @@ def _phases(controller: Controller, fleet: Pods, rounds: int) -> dict[str, Any]:
     fleet.say("stick", first_only=True)
     versions = _change(controller, fleet, 1 + max(4, rounds // 4), held)
     compiled = controller.records("compiled")
-    seconds = [
-        fleet.answered_s[version] - compiled[_text(version)]["at_s"] for version in versions
-    ]
+    seconds = [fleet.answered_s[version] - compiled[_text(version)]["at_s"] for version in versions]
     # on the first table it may still answer, and Prefill pods wait a while for it
     result["stuck_first_s"] = seconds[0]
     result |= _percentiles("stuck", seconds[1:])
@@ -297,9 +295,7 @@ def _change(
 
 
 def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
-    return {
-        f"{name}_p{percent}_s": float(np.percentile(seconds, percent)) for percent in (50, 99)
-    }
+    return {f"{name}_p{percent}_s": float(np.percentile(seconds, percent)) for percent in (50, 99)}
 
 
 def _text(version: tuple[int, int]) -> str:
@@ -355,7 +351,10 @@ def main() -> int:
     else:
         Console(width=100).print(_table(result))
     for name in missed:
-        print(f"bench_push: {name} is {result[name]:.3f}, more than {TARGETS[name]:g}", file=sys.stderr)
+        print(
+            f"bench_push: {name} is {result[name]:.3f}, more than {TARGETS[name]:g}",
+            file=sys.stderr,
+        )
     return 1 if missed else 0
 
 

@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from controller_link import WatchedLink
+from controller_link import FREE, WatchedLink
 from controller_profiles import MODEL
 from controller_queue import Sent, Tandem
 from controller_scenarios import Arrival, Scenario, chunks_of
 from kvserve_api.latency import Link
 from kvserve_api.policy import Policy
+from kvserve_api.profile_set import NONE
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.messages import version_to_message
 from kvserve_api.selection import Bound, Selection, select
 from kvserve_api.table import DecisionTable
 from kvserve_connector.control import REPORT_EVERY_S
-from kvserve_connector.loads import Arrivals
+from kvserve_connector.loads import Credit
 from kvserve_controller.program import Instant, Program
 from kvserve_controller.server import TICK_S
 from kvserve_controller.source import Entry
@@ -29,8 +30,6 @@ from kvserve_controller.versions import VersionClock
 
 REPORT_DELAY_S: Final = 0.1
 PUSH_DELAY_S: Final = 0.2
-GOLDEN: Final = 0.6180339887498949
-"""Multiples of it are spread evenly over 0 to 1."""
 
 
 class KVServe:
@@ -38,7 +37,7 @@ class KVServe:
 
     Args:
         scenario: What was profiled, the budgets, and the prior.
-        residuals: Whether the controller hears of transfers.
+        residuals: Whether controller and pod learn from transfers what codecs really take.
         backlog: Whether the pod knows what is queued, and how much is asked for.
         bandit: Whether it may explore.
     """
@@ -60,16 +59,17 @@ class KVServe:
             prior_bytes_per_s=scenario.prior_bytes_per_s,
             next_version=VersionClock(1.0).next,
         )
-        entry = Entry(policy=policy(scenario.budgets_bp, bandit=bandit), pareto=scenario.pareto, generation=1)
+        entry = Entry(
+            policy=policy(scenario.budgets_bp, bandit=bandit), pareto=scenario.pareto, generation=1
+        )
         self._program.load(entry, Instant(0.0, 0.0))
         if self._program.problem is not None:
             raise self._program.problem
         self._table = self._in_force()
         self._pushed: deque[tuple[float, DecisionTable]] = deque()
         self._selections: dict[int, Selection] = {}
-        self._arrivals = Arrivals(0.0)
         self._incumbents: dict[str, str] = {}
-        self._choices: dict[str, int] = {}
+        self._credits: dict[str, Credit] = {}
         self._under_way: list[tuple[int, str, DecisionTable, Sent]] = []
         self._reports: list[Any] = []
         self._posted: deque[tuple[float, list[Any]]] = deque()
@@ -79,49 +79,50 @@ class KVServe:
     def choose(self, index: int, arrival: Arrival, _tandem: Tandem) -> str:
         """Return what the pod selects."""
         self._until(arrival.at_s)
-        workload = arrival.workload
-        count = self._choices[workload] = self._choices.get(workload, 0) + 1
+        table, workload = self._table, arrival.workload
+        credit = self._credits.setdefault(workload, Credit())
         selection = select(
-            self._table,
+            table,
             workload,
             native_bytes=arrival.native_bytes,
-            link=self._link(arrival.at_s),
+            link=self._link(),
             chunks=chunks_of(arrival.native_bytes),
             incumbent=self._incumbents.get(workload),
-            ticket=count * GOLDEN % 1,
+            allowance_s=credit.allowance_s(),
         )
+        share = table.rules[workload].explore_share
+        credit.settle(selection.predicted_s, selection.extra_s, share)
         if selection.bound is not Bound.EXPLORED:
             self._incumbents[workload] = selection.wanted
-        self._arrivals.add(arrival.at_s, arrival.native_bytes)
+        for arrivals in (self._watched.state.arrivals, self._watched.coders.arrivals):
+            arrivals.add(arrival.at_s, arrival.native_bytes)
         self._selections[index] = selection
         return selection.profile
 
     def sent(self, index: int, profile: str, sent: Sent) -> None:
         """Take note of a transfer."""
-        ratio = self._table.candidates[profile].ratio
-        self._watched.promise(sent, self._scenario.arrivals[index].native_bytes / ratio)
+        candidate = self._table.candidates[profile]
+        native = self._scenario.arrivals[index].native_bytes
+        self._watched.promise(
+            sent,
+            native / candidate.ratio,
+            FREE if profile == NONE else candidate.encode,
+            candidate.decode,
+            native,
+        )
         self._under_way.append((index, profile, self._table, sent))
 
-    def _link(self, now_s: float) -> Link:
+    def _link(self) -> Link:
         """Return what the pod knows of the link, and of its coder: there is one of each."""
+        self._watched.coders.follow(self._table)
         known = self._watched.link(self._table.prior_bytes_per_s)
         if not self._backlog:
-            return Link(bytes_per_s=known.bytes_per_s, rtt_s=known.rtt_s)
-        encode_s = decode_s = 0.0
-        for index, profile, table, sent in self._under_way:
-            native, chunks = self._scenario.arrivals[index].native_bytes, sent.work.chunks
-            candidate = table.candidates[profile]
-            gone = sum(end_s <= now_s for _, _, end_s in sent.link)
-            encode_s += candidate.encode.seconds(native) * (1 - len(sent.link) / chunks)
-            decode_s += candidate.decode.seconds(native) * (1 - gone / chunks)
-        load = self._arrivals.load(now_s)
-        return replace(
-            known,
-            encode_backlog_s=encode_s,
-            decode_backlog_s=decode_s,
-            load=load,
-            encoder_load=load,
-        )
+            known = Link(
+                bytes_per_s=known.bytes_per_s,
+                rtt_s=known.rtt_s,
+                encode_factor=known.encode_factor,
+            )
+        return known if self._residuals else replace(known, encode_factor=1.0)
 
     def _until(self, now_s: float) -> None:
         """Let everything happen that happens by now, in its order."""

@@ -7,16 +7,19 @@ the replayed link carried: bytes acknowledged, and the time in which something w
 import heapq
 import struct
 from collections.abc import Callable
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import Any, Final
 
 from controller_queue import Sent
-from kvserve_api.latency import Link
-from kvserve_connector.links import LinkState
+from kvserve_api.latency import Link, StageCost
+from kvserve_connector.links import LinkState, Promise
+from kvserve_connector.loads import Coders
 
 INFO_BYTES: Final = 192
 ACKED_AT: Final = 120
 MIN_RTT_AT: Final = 148
 RATE_AT: Final = 160
+FREE: Final = StageCost()
 """Offsets in the kernel's ``struct tcp_info``."""
 
 
@@ -62,46 +65,93 @@ class Account:
 
 
 class WatchedLink:
-    """The connector's knowledge of one link, brought up to date as the replay's time passes."""
+    """The connector's knowledge of one link and of its coder, brought up to date as the replay's time passes.
+
+    Attributes:
+        now_s: The time.
+        state: The connector's own account of the link.
+        coders: Its account of the producer's one coder.
+    """
 
     def __init__(self, rtt_s: float) -> None:
         self.now_s = 0.0
         self.state = LinkState(lambda: self.now_s)
+        self.coders = Coders(1, 0.0)
         self._rtt_s = rtt_s
-        self._open: list[tuple[Sent, Any, float, int]] = []
-        self._events: list[tuple[float, int, bool, Any, float]] = []
+        self._open: list[_Transfer] = []
+        self._events: list[tuple[float, int, bool, _Transfer]] = []
         self._count = 0
 
-    def promise(self, sent: Sent, promised_bytes: float) -> None:
-        """Take note of a transfer that begins now."""
+    def promise(
+        self,
+        sent: Sent,
+        wire_bytes: float,
+        encode: StageCost = FREE,
+        decode: StageCost = FREE,
+        native_bytes: int = 0,
+    ) -> None:
+        """Take note of a transfer that begins now.
+
+        Args:
+            sent: What truly becomes of it.
+            wire_bytes: What is expected of it.
+            encode: The cost to expect of encoding; free is never observed.
+            decode: The cost to expect of decoding.
+            native_bytes: Its native bytes.
+        """
         self.now_s = sent.at_s
-        self.state.queue(promised_bytes)
+        promise = Promise(
+            link=self.state,
+            coders=self.coders,
+            wire_bytes=wire_bytes,
+            encode_s=0.0 if encode is FREE else encode.seconds(native_bytes),
+            decode_s=0.0 if decode is FREE else decode.seconds(native_bytes),
+        )
+        promise.make()
         # stands for a socket in all that the link asks of one
-        account: Any = cast("Any", Account(sent, self._rtt_s, lambda: self.now_s))
+        account: Any = Account(sent, self._rtt_s, lambda: self.now_s)
         self.state.attach(account)
-        self._open.append((sent, account, promised_bytes, 0))
+        self._open.append(_Transfer(sent, account, promise, observed=encode is not FREE))
 
     def until(self, now_s: float) -> None:
         """Let the connector look at its sockets as it would have done until now."""
-        still: list[tuple[Sent, Any, float, int]] = []
-        for sent, account, promised, seen in self._open:
-            chunks = sent.link
-            for number in range(seen, len(chunks)):
+        for transfer in self._open:
+            chunks = transfer.sent.link
+            for number in range(transfer.seen, len(chunks)):
                 self._count += 1
-                last = number + 1 == sent.work.chunks
-                event = (chunks[number][2], self._count, last, account, promised / sent.work.chunks)
-                heapq.heappush(self._events, event)
-            if len(chunks) < sent.work.chunks:
-                still.append((sent, account, promised, len(chunks)))
-        self._open = still
+                last = number + 1 == transfer.sent.work.chunks
+                heapq.heappush(self._events, (chunks[number][2], self._count, last, transfer))
+            transfer.seen = len(chunks)
+        self._open = [one for one in self._open if one.seen < one.sent.work.chunks]
         while self._events and self._events[0][0] <= now_s:
-            self.now_s, _, last, account, promised = heapq.heappop(self._events)
-            self.state.sample(account)
-            self.state.queue(-promised)
-            if last:
-                self.state.detach(account)
+            self.now_s, _, last, transfer = heapq.heappop(self._events)
+            self._look(transfer, last=last)
         self.now_s = now_s
 
     def link(self, prior_bytes_per_s: float) -> Link:
         """Return what is known now."""
-        return self.state.snapshot(prior_bytes_per_s)
+        return self.state.snapshot(prior_bytes_per_s, self.coders)
+
+    def _look(self, transfer: "_Transfer", *, last: bool) -> None:
+        """Do what the connector's server does when a chunk was sent."""
+        work = transfer.sent.work
+        self.state.sample(transfer.account)
+        transfer.promise.keep(1 / work.chunks)
+        if transfer.observed:
+            self.coders.observe(
+                work.encode_s / work.chunks, transfer.promise.encode_s, 1 / work.chunks
+            )
+        if last:
+            self.state.detach(transfer.account)
+            transfer.promise.end()
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """A transfer under way: its chunks up to a number have been seen to reach the link."""
+
+    sent: Sent
+    account: Any
+    promise: Promise
+    observed: bool
+    seen: int = 0

@@ -158,11 +158,18 @@ class PaperController:
 
 
 class LegacyController(PaperController):
-    """The one its serving path imports: accuracy bucket, interval of bandwidth, at most three arms, ε-greedy."""
+    """The one its serving path imports: accuracy bucket, interval of bandwidth, at most three arms, ε-greedy.
 
-    def __init__(self, scenario: Scenario, seed: int) -> None:
+    Args:
+        scenario: What was profiled, and the budget.
+        seed: Of its exploration.
+        strict: Keep it to the quality budget, which its buckets don't.
+    """
+
+    def __init__(self, scenario: Scenario, seed: int, *, strict: bool) -> None:
         super().__init__(scenario, 0.2)
         self._rng = random.Random(seed)
+        self._strict = strict
 
     def candidates(self, arrival: Arrival, bytes_per_s: float) -> tuple[int, int, list[Profile]]:
         """Return the arms of the bucket that the budget falls in; it may hold worse profiles than the budget allows."""
@@ -173,6 +180,7 @@ class LegacyController(PaperController):
             for profile in self.scenario.profiles.values()
             if profile.name != NONE
             and BUCKETS[bucket] <= 1 - profile.loss_upper_bp / 1e4 < BUCKETS[bucket + 1]
+            and not (self._strict and 1 - profile.loss_upper_bp / 1e4 < wanted)
         ]
         # intervals end at each profile's own threshold, not where two of them cross
         steps = sorted(_pareto(inside), key=lambda p: -threshold_bytes_per_s(p, REFERENCE_BYTES))

@@ -124,7 +124,9 @@ def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
     ):
         for gbps in (5, 25, 100) if quick else (5, 10, 25, 40, 50, 100):
             yield _jct(f"jct-{model}-{gbps}", seed, per_token, gbps, rate, burst, 3 if quick else 8)
-    for number, name in enumerate(sorted(traces.pensieve)[:: max(1, len(traces.pensieve) // 3)][:3]):
+    for number, name in enumerate(
+        sorted(traces.pensieve)[:: max(1, len(traces.pensieve) // 3)][:3]
+    ):
         yield _pensieve(f"pensieve-{number + 1}", seed, traces.pensieve[name], count)
     links = sorted(traces.skyplane)
     for percent in (5, 50, 95):
@@ -141,6 +143,7 @@ def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
     yield _steps(seed, count)
     yield _classes(seed, count)
     yield _misjudged(seed, count)
+    yield _small(seed, 8 * count)
 
 
 def _paper(traces: Traces, seed: int) -> Scenario:
@@ -240,9 +243,7 @@ def _raw_best(
     """A link so fast that any codec only costs time; it never stalls, or it would not be one."""
     arrivals = _poisson(f"{name}/{seed}", count, 2.0, mean_bytes, 0.4)
     course = [(0.0, bytes_per_s)]
-    return _make(
-        name, seed, pareto, arrivals, course, budget_bp=PAPER_BUDGET_BP, stalls=False
-    )
+    return _make(name, seed, pareto, arrivals, course, budget_bp=PAPER_BUDGET_BP, stalls=False)
 
 
 def _throttled(seed: int, count: int) -> Scenario:
@@ -295,6 +296,14 @@ def _misjudged(seed: int, count: int) -> Scenario:
     truth = {name: Factors(wire=made.truth[name].wire) for name in made.truth}
     truth["centred-rans-fine"] = Factors(encode=1 / 1.5, decode=1 / 1.5)
     return replace(made, truth=truth)
+
+
+def _small(seed: int, count: int) -> Scenario:
+    """Many small requests of one chunk on a link that raw transfers fill: alone, each would be fastest raw."""
+    rate = 500 * MB
+    arrivals = _poisson(f"small/{seed}", count, 0.85 * rate / (4 * MB), 4 * MB, 0.4)
+    course = [(0.0, rate)]
+    return _make("small", seed, profiles.cpu(), arrivals, course, budget_bp=100, stalls=False)
 
 
 def _poisson(
