@@ -8,7 +8,6 @@ to standard output.
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import json
 import random
@@ -66,7 +65,9 @@ class Pod:
         self._name = name
         self._role = role
         self._call: Any = None
-        self._profile = ""
+        # gRPC takes one message of a stream at a time
+        self._writing = asyncio.Lock()
+        self._report_message: pb.PodMessage | None = None
 
     @property
     def decodes(self) -> bool:
@@ -87,9 +88,12 @@ class Pod:
             try:
                 async with grpc.aio.insecure_channel(settings.address, options=OPTIONS) as channel:
                     await self._session(channel)
-            except (grpc.aio.AioRpcError, asyncio.CancelledError):
+            except asyncio.CancelledError:
                 if self._fleet.closed:
                     return
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                # the last two are a write that came when the stream had just ended
+                pass
             self._fleet.lost(self)
             if time.monotonic() - began_s > 1.0:
                 backoff_s = settings.first_backoff_s
@@ -111,16 +115,19 @@ class Pod:
                     await self._take(call, message.push)
         finally:
             reporter.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-                await reporter
+            await asyncio.gather(reporter, return_exceptions=True)
+
+    async def _write(self, call: Any, message: pb.PodMessage) -> None:
+        async with self._writing:
+            await call.write(message)
 
     async def _take(self, call: Any, push: pb.Push) -> None:
         version = push.version.epoch, push.version.counter
         if self.held is not None and version < self.held:
             self.lowered += 1
         self.held = version
-        self._profile = push.table.candidates[0].name
-        await call.write(pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce)))
+        self._report_message = _report_of(push.table.candidates[0])
+        await self._write(call, pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce)))
         self._fleet.acknowledged(self, version)
 
     async def _report(self, call: Any) -> None:
@@ -129,21 +136,32 @@ class Pod:
             return
         await asyncio.sleep(random.uniform(0, every_s))
         while True:
-            if self._profile:
-                report = pb.TransferReport(
-                    workload="default",
-                    profile=self._profile,
-                    native_bytes=30_000_000,
-                    wire_bytes=30_000_000,
-                    encode_s=0.01,
-                    wire_s=0.1,
-                    decode_s=0.01,
-                    total_s=0.12,
-                    goodput_bytes_per_s=3e8,
-                )
-                reports = pb.TransferReports(reports=[report])
-                await call.write(pb.PodMessage(reports=reports))
+            if self._report_message is not None:
+                await self._write(call, self._report_message)
             await asyncio.sleep(every_s)
+
+
+def _report_of(candidate: Any) -> pb.PodMessage:
+    """Return a report that tells nothing new of a profile, so that the tables change only as the benchmark wants."""
+    native = 30_000_000
+    encode_s, decode_s = (
+        cost.offset_s + (native / cost.bytes_per_s if cost.bytes_per_s else 0.0)
+        for cost in (candidate.encode, candidate.decode)
+    )
+    report = pb.TransferReport(
+        workload="default",
+        profile=candidate.name,
+        wanted=candidate.name,
+        native_bytes=native,
+        wire_bytes=int(native / candidate.ratio),
+        encode_s=max(encode_s, candidate.encode.floor_s),
+        wire_s=0.1,
+        decode_s=max(decode_s, candidate.decode.floor_s),
+        total_s=0.5,
+        predicted_s=0.5,
+        goodput_bytes_per_s=3e8,
+    )
+    return pb.PodMessage(reports=pb.TransferReports(reports=[report]))
 
 
 class Fleet:
