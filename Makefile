@@ -9,7 +9,7 @@ WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(WORKERS) --dist loadfile
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup native setup-cluster lint format test test-fast bench-codec demo cluster-up cluster-down lock proto crds clean
+.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push demo cluster-up cluster-down lock proto crds clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ test-fast: setup-cluster ## The tests that run on every change (under three minu
 
 bench-codec: $(STAMP) ## Measure our codecs beside peers' own code and draw the frontier (says how long; QUICK=1: two minutes)
 	$(PY) benchmarks/codec_peers.py
+
+bench-controller: $(STAMP) ## Replay transfers under the controller, fixed profiles, the paper's controllers and an oracle (QUICK=1: two minutes)
+	$(PY) benchmarks/controller_bench.py --jobs 2 $(if $(DATA),--data $(DATA))
+
+bench-push: $(STAMP) ## Push tables to a thousand pods' streams: latency, memory, reconnects (two minutes; QUICK=1: one)
+	$(PY) benchmarks/bench_push.py
 
 demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
 	$(PY) -m demo

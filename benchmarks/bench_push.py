@@ -1,13 +1,15 @@
 """The push channel at scale: a thousand pods' streams on loopback against the real controller: ``make bench-push``.
 
-The controller is ``python -m kvserve_controller`` over two directories, in a process of its own; the pods are two more
-processes (`push_pods`), each pod with a connection and a stream of its own that reports a transfer a second. Measured are
+The controller is ``python -m kvserve_controller`` over two directories, in a process of its own; the pods are two
+more processes (`push_pods`), each pod with a connection and a stream of its own that reports a transfer a second.
+Measured are
 
 * *change*: the policy file is changed, and each time: from the offer of the new table until the last pod's
   acknowledgement, Decode pods before Prefill pods;
 * *stuck*: the same while a Decode pod answers nothing;
 * *reconnect*: all streams end at once; until all pods have acknowledged a table again;
-* *restart*: the controller is killed and started again; from its readiness until all pods have acknowledged a table of the
+* *restart*: the controller is killed and started again; from its readiness until all pods have acknowledged a table
+of the
   new one, and whether any pod was ever pushed a lower version than it held;
 * the controller's memory after all that, and its peak.
 
@@ -32,6 +34,8 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from operator import lt
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -287,7 +291,7 @@ def _change(
     for number in range(rounds):
         controller.set_budget(BUDGETS_BP[number % len(BUDGETS_BP)])
         before = held
-        held = fleet.all_hold(lambda version, before=before: version > before)["version"]
+        held = fleet.all_hold(partial(lt, before))["version"]
         versions.append(held)
         # its last answer may still be on the way to the controller
         time.sleep(0.2)

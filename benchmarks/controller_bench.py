@@ -1,9 +1,10 @@
 """The controller against fixed profiles, the paper's controllers and an oracle, in replay: ``make bench-controller``.
 
 Each scenario of `controller_scenarios` is replayed under each policy with the same truth. All times are simulated;
-the code that decides is the real one (`controller_kvserve`). It says how long it will take, prints a table, or JSON with
-``--json``, writes ``build/bench/controller.json`` and draws ``docs/figures/controller.png``. ``QUICK=1`` takes at most two
-minutes: one seed, shorter scenarios, traces from the sample beside this file; it leaves the committed figure alone.
+the code that decides is the real one (`controller_kvserve`). It says how long it will take, prints a table, or JSON
+with ``--json``, writes ``build/bench/controller.json`` and draws ``docs/figures/controller.png``. ``QUICK=1`` takes
+at most two minutes: one seed, shorter scenarios, traces from the sample beside this file; it leaves the committed
+figure alone.
 
 The whole traces are looked for in ``--data``; `controller_traces.SOURCES` says where they come from.
 """
@@ -96,8 +97,8 @@ def run_seed(traces: Traces, seed: int, quick: bool) -> list[Result]:
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """Return the figures of one scenario over its seeds.
 
-    Means and 95th percentiles are those of all transfers together; the best fixed profile is chosen in hindsight for each
-    seed, among raw and those that never exceed the quality budget.
+    Means and 95th percentiles are those of all transfers together; the best fixed profile is chosen in hindsight for
+    each seed, among raw and those that never exceed the quality budget.
     """
     policies = {
         name: {

@@ -61,7 +61,7 @@ def _over_time(axes: Axes, traces: Traces) -> None:
     link = axes.twinx()
     course = np.arange(0, times[-1], 0.25)
     link.fill_between(
-        course, [scenario.capacity.at(t) / GBIT for t in course], color="#4caf50", alpha=0.12
+        course, [scenario.capacity.at(float(t)) / GBIT for t in course], color="#4caf50", alpha=0.12
     )
     link.set_ylim(0, 120)
     link.set_yticks([0, 25, 50])

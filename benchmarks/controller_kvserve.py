@@ -1,8 +1,8 @@
 """KVServe as it runs, in the replay's time: the pod's selection and link, and the controller's `Program` behind it.
 
-What a pod knows at once (its link, its queue) it uses at once. The controller hears of transfers as the connector reports
-them, in one batch a second, and pushes a table when its own rules say so, looking twice a second; the pod has it a
-little later. Nothing here decides: it only carries values at the times at which they would arrive.
+What a pod knows at once (its link, its queue) it uses at once. The controller hears of transfers as the connector
+reports them, in one batch a second, and pushes a table when its own rules say so, looking twice a second; the pod has
+it a little later. Nothing here decides: it only carries values at the times at which they would arrive.
 """
 
 from collections import deque

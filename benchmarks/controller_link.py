@@ -1,7 +1,7 @@
 """What the real connector would know of a replayed link.
 
-The connector's own `LinkState` runs here, on a clock of the replay and on sockets whose ``TCP_INFO`` is computed from what
-the replayed link carried: bytes acknowledged, and the time in which something was waiting to be.
+The connector's own `LinkState` runs here, on a clock of the replay and on sockets whose ``TCP_INFO`` is computed from
+what the replayed link carried: bytes acknowledged, and the time in which something was waiting to be.
 """
 
 import heapq

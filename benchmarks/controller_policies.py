@@ -8,7 +8,7 @@ from typing import Final
 from controller_link import WatchedLink
 from controller_queue import Sent, Tandem
 from controller_replay import Run, replay
-from controller_scenarios import Arrival, Scenario, chunks_of
+from controller_scenarios import Arrival, Scenario
 from kvserve_api.profile_set import NONE, Profile
 
 PRICES: Final = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -66,8 +66,9 @@ class Greedy:
 def oracle(scenario: Scenario, statics: dict[str, Run]) -> Run:
     """Return the best run in hindsight of the clairvoyant at each price, and of each allowed fixed profile.
 
-    The clairvoyant knows bandwidth to come, every codec's true time and every queue, but not the arrivals to come: how much
-    to spare them is the price, chosen in hindsight. Therefore no fixed profile within the budget can beat it.
+    The clairvoyant knows bandwidth to come, every codec's true time and every queue, but not the arrivals to come:
+    how much to spare them is the price, chosen in hindsight. Therefore no fixed profile within the budget can beat
+    it.
     """
     runs = [replay(scenario, Greedy(scenario, price)) for price in PRICES]
     runs += [run for run in statics.values() if run.violations == 0]
@@ -86,10 +87,10 @@ class PaperController:
     """What both of the paper's controllers share; they differ in candidates and pick.
 
     Described in the paper's artefact: the time of a transfer is ``V/S + V/(B r)`` with a codec speed S that is the
-    harmonic *mean* of encoding and decoding; a profile is worth it below ``B* = (1 - 1/r) S``, otherwise raw is sent; what is
-    observed beyond the prediction is kept as an absolute residual. Here they are given more than their code has:
-    the measured bandwidth of KVServe's own connector instead of a configured constant, and the whole time of each transfer,
-    at once, instead of the time until it is queued.
+    harmonic *mean* of encoding and decoding; a profile is worth it below ``B* = (1 - 1/r) S``, otherwise raw is sent;
+    what is observed beyond the prediction is kept as an absolute residual. Here they are given more than their code
+    has: the measured bandwidth of KVServe's own connector instead of a configured constant, and the whole time of
+    each transfer, at once, instead of the time until it is queued.
 
     Attributes:
         scenario: What was profiled, and the budget.

@@ -1,9 +1,9 @@
 """The two sets of profiles that the controller's benchmark decides between.
 
 *cpu*: our own codecs on SmolLM2-135M, as ``make bench-codec`` measured them (one core with AVX-512, real texts). *gpu*:
-the paper's pipelines with the compression ratios and relative accuracies of its profiles (Qwen2.5-32B and Qwen2.5-7B) and
-the speeds of its components on an H100 (Llama-3.1-8B at 4k, 16k and 32k tokens), all from its public artefact. There
-a profile's loss is 100 less its relative accuracy, in per cent, since no confidence limits are published.
+the paper's pipelines with the compression ratios and relative accuracies of its profiles (Qwen2.5-32B and Qwen2.5-7B)
+and the speeds of its components on an H100 (Llama-3.1-8B at 4k, 16k and 32k tokens), all from its public artefact.
+There a profile's loss is 100 less its relative accuracy, in per cent, since no confidence limits are published.
 """
 
 import math
@@ -63,7 +63,7 @@ GPU: Final = (
     ("hadamard-9-ans", 11.59, 96.13, ("hadamard", "quantiser", "ans")),
 )
 GPU_DEFAULT: Final = "layers-bitcomp"
-"""The paper's static curve is 0.155 s + 8.22 Gbit / B: a ratio of 3.6 of the 29.4 Gbit that its Qwen-32B prompts have."""
+"""The paper's static curve is 0.155 s + 8.22 Gbit / B: a ratio of 3.6 of the 29.4 Gbit of its Qwen-32B prompts."""
 
 
 def cpu() -> ParetoSet:

@@ -1,9 +1,9 @@
 """The way of one producer-consumer pair as three queues: producer's codec, link, consumer's codec.
 
-Each serves chunks one at a time in the order in which they reach it (a work-conserving tandem of FIFO servers). Because
-the order of two chunks at a queue never changes once both are there, no event loop is needed: a queue's state is when it
-becomes free, and the chunks that are still being encoded. That also makes it cheap to ask what *would* happen, which the
-oracle does for each of its choices.
+Each serves chunks one at a time in the order in which they reach it (a work-conserving tandem of FIFO servers).
+Because the order of two chunks at a queue never changes once both are there, no event loop is needed: a queue's state
+is when it becomes free, and the chunks that are still being encoded. That also makes it cheap to ask what *would*
+happen, which the oracle does for each of its choices.
 
 Left out: the connector encodes at most two chunks ahead of the wire, and serves at most eight transfers at once.
 """

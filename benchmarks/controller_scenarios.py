@@ -1,9 +1,9 @@
 """What is replayed: arrivals, links, profiles, and how the truth differs from what was profiled.
 
-In every scenario, drawn by its seed: each profile's codec is faster or slower than profiled by up to half, partly with
-its device and partly by itself; ratios are off by up to 8 %; single transfers scatter (10 % in codec time, 4 % in ratio),
-and one in fifty is held up four times as long by its codec. Links scatter by 10 % around their course four times a second
-and stall for .3 s about every 20 s.
+In every scenario, drawn by its seed: each profile's codec is faster or slower than profiled by up to half, partly
+with its device and partly by itself; ratios are off by up to 8 %; single transfers scatter (10 % in codec time, 4 %
+in ratio), and one in fifty is held up four times as long by its codec. Links scatter by 10 % around their course four
+times a second and stall for .3 s about every 20 s.
 """
 
 import math
@@ -130,8 +130,8 @@ def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
         yield _pensieve(f"pensieve-{number + 1}", seed, traces.pensieve[name], count)
     links = sorted(traces.skyplane)
     for percent in (5, 50, 95):
-        gbps, rtt_ms = links[round((len(links) - 1) * percent / 100)]
-        yield _skyplane(f"skyplane-p{percent}", seed, gbps, rtt_ms, count // 2)
+        link_gbps, rtt_ms = links[round((len(links) - 1) * percent / 100)]
+        yield _skyplane(f"skyplane-p{percent}", seed, link_gbps, rtt_ms, count // 2)
     yield _trace("azure-conv", seed, traces.arrivals["azure_conv"][:count], SMOLLM2, 60 * MB)
     yield _trace("azure-code", seed, traces.arrivals["azure_code"][:count], SMOLLM2, 80 * MB)
     every = 1 if not traces.complete else 8

@@ -1,9 +1,9 @@
 """Many serving pods' ends of the control channel in one process, for `bench_push`.
 
-Each pod has a TCP connection and a stream of its own, says Hello, acknowledges every table at once, reports a transfer a
-second, and reconnects as the connector does. Commands come as words on standard input: ``drop`` ends all streams at
-once, ``stick`` has the first Decode pod answer nothing any more, ``quit`` ends the process. Events go as JSON lines
-to standard output.
+Each pod has a TCP connection and a stream of its own, says Hello, acknowledges every table at once, reports a
+transfer a second, and reconnects as the connector does. Commands come as words on standard input: ``drop`` ends all
+streams at once, ``stick`` has the first Decode pod answer nothing any more, ``quit`` ends the process. Events go as
+JSON lines to standard output.
 """
 
 import argparse
@@ -228,7 +228,8 @@ def main() -> None:
     parser.add_argument("--backoff", type=float, nargs=2, required=True)
     parser.add_argument("--report-every", type=float, default=1.0)
     options = parser.parse_args()
-    settings = Settings(options.address, *options.backoff, options.report_every)
+    first_s, last_s = options.backoff
+    settings = Settings(options.address, first_s, last_s, options.report_every)
     names = [
         (f"{options.name}-{number}", "Decode" if number % 2 else "Prefill")
         for number in range(options.pods)

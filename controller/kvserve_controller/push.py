@@ -1,7 +1,8 @@
 """The state of the push channel: which pod is sent what, and when. No I/O and no clock of its own.
 
 `service` reads and writes the streams; here is decided. A table is sent to a policy's Decode pods first, and to its
-Prefill pods when every Decode pod that was connected at that time has answered, is gone, or has been silent for a while.
+Prefill pods when every Decode pod that was connected at that time has answered, is gone, or has been silent for a
+while.
 """
 
 import asyncio
@@ -355,7 +356,9 @@ class Hub:
         """Return for how many seconds there is nothing to send unless `Session.wake` is set; None for ever."""
         times_s = []
         if session.sent is not None:
-            silence_s = self._ack_timeout_s if session.silent else min(SILENT_S, self._ack_timeout_s)
+            silence_s = (
+                self._ack_timeout_s if session.silent else min(SILENT_S, self._ack_timeout_s)
+            )
             times_s.append(session.sent.at_s + silence_s)
         offer = self._offers.get(session.policy or "")
         if offer is not None and offer.suits(session.pod) and session.held is not None:
