@@ -116,14 +116,14 @@ def chunks_of(native_bytes: int) -> int:
 
 def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
     """Yield all scenarios of a seed."""
-    count = 150 if quick else 900
+    count = 150 if quick else 400
     yield _paper(traces, seed)
     for model, per_token, rate, burst in (
         ("qwen-32b", QWEN_32B, 0.6, 24),
         ("llama-8b", LLAMA_8B, 0.45, 12),
     ):
         for gbps in (5, 25, 100) if quick else (5, 10, 25, 40, 50, 100):
-            yield _jct(f"jct-{model}-{gbps}", seed, per_token, gbps, rate, burst, 3 if quick else 8)
+            yield _jct(f"jct-{model}-{gbps}", seed, per_token, gbps, rate, burst, 3 if quick else 6)
     for number, name in enumerate(
         sorted(traces.pensieve)[:: max(1, len(traces.pensieve) // 3)][:3]
     ):
