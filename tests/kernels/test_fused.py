@@ -106,7 +106,7 @@ def test_one_section(
     else:
         np.testing.assert_array_equal(made, expected)
     assert size <= 1 or fused.encode(apart, plan, *turns(tokens), size - 1) is None
-    back = tuple(np.zeros_like(half) for half in apart)
+    back = np.zeros_like(apart[0]), np.zeros_like(apart[1])
     assert fused.decode(expected, plan, *turns(tokens), back)
     np.testing.assert_array_equal(np.concatenate(back), values_of(levels, plan, apart))
 
@@ -152,7 +152,7 @@ def test_runs(seed: int, tokens: int, count: int) -> None:
         linear.inverse(levels, plan, *tables, back)
         expected[:, chosen] = back
     assert at == bodies.size
-    out = tuple(np.zeros_like(half) for half in apart)
+    out = np.zeros_like(apart[0]), np.zeros_like(apart[1])
     assert fused.decode_runs(bodies, lengths, plans, order, starts, *turns(tokens), out)
     np.testing.assert_array_equal(np.concatenate(out), expected)
 
@@ -164,7 +164,7 @@ def test_what_no_level_can_say(bad: float) -> None:
     plan = a_plan(rng, ROWS, 20, 1.0)
     for at in range(2 * ROWS):
         apart = halves(rng, 40)
-        apart[at // ROWS][at % ROWS, 17 + at, 0, at] = narrow(np.float32([bad]), np.uint16)[0]
+        apart[at // ROWS][at % ROWS, 17 + at, 0, at] = narrow(np.array([bad], np.float32), np.uint16)[0]
         assert linear.forward(apart, plan, *turns(40)) is None
         assert fused.encode(apart, plan, *turns(40), 2) is None
         one = Plan(groups=plan.groups[at % ROWS :][:1], dim=DIM)
@@ -187,7 +187,7 @@ def test_spoiled_sections_are_refused_alike() -> None:
         else:
             where = np.minimum(rng.exponential(30, 2).astype(int), section.size - 1)
             section[where] = rng.integers(0, 256, 2)
-        out = tuple(np.zeros_like(half) for half in apart)
+        out = np.zeros_like(apart[0]), np.zeros_like(apart[1])
         taken = fused.decode(section, plan, *turns(tokens), out)
         try:
             read = decode_levels(section, plan.components, tokens)
