@@ -99,7 +99,8 @@ def test_calibrated_profile_is_fetched_and_used(real_pair: RealPair) -> None:
         real_pair.consumer.count(f"vllm:kvserve_{name}_total", *marks)
         for name in ("native_bytes", "wire_bytes")
     ]
-    lengths = (1, 4, 5, 300, 1000)
+    # none whose two likeliest next words are nearly as likely: there any loss may turn them round
+    lengths = (1, 4, 5, 290, 1000)
     for length in lengths:
         prompt = make_prompt(length, seed=60 + length)
         alone = real_pair.consumer.text(prompt).split()
