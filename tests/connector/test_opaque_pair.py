@@ -10,7 +10,7 @@ import pytest
 import opaque_models
 from vllm_servers import Plan, Server, hand_over, make_prompt, prefill, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 MAX_START_S = 240.0
 STEP = 128
