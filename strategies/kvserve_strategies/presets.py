@@ -108,7 +108,7 @@ PRESETS: Final[Mapping[str, StrategyConfig]] = MappingProxyType(
         "joint-layer": _joint(1, 0, 0.15),
         "joint-3-fine": _joint(3, 0, 0.1, means=_MEANS),
         "joint-3": _joint(3, 0, 0.15, means=_MEANS),
-        "joint-3-coarse": _joint(3, 0, 0.3, means=_MEANS),
+        "joint-3-coarse": _joint(3, 0, 0.25, means=_MEANS),
         "joint-10": _joint(10, 0, 0.2, means=_MEANS),
         "focus-3-fine": _focus(3, 0.08),
         "focus-3": _focus(3, 0.15),
