@@ -83,10 +83,10 @@ def job(
 ) -> None:
     """Do the work of a profiling Job; each option has a KVSERVE_ variable."""
     # torch and transformers take seconds to import: --help does without
+    from kvserve_profiler.candidates import preset_space
     from kvserve_profiler.configmaps import Owner
     from kvserve_profiler.exits import exit_code, last_words, leave_message
     from kvserve_profiler.job import JobOptions, run_job, say
-    from kvserve_profiler.search import preset_space
 
     signal.signal(signal.SIGTERM, _stop)
     close = configure("kvserve-profiler")

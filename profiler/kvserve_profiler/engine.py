@@ -21,13 +21,13 @@ from kvserve_api.telemetry import (
     SPAN_PROFILE_TRIAL,
 )
 from kvserve_profiler.bench import Bench
+from kvserve_profiler.candidates import Candidate, suggest
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.cost import device_kind
 from kvserve_profiler.identity import Identity, identify
 from kvserve_profiler.model import Model, Source
 from kvserve_profiler.pareto import front
 from kvserve_profiler.quality import MeasurementError
-from kvserve_profiler.search import Candidate, suggest
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import Text, unique
 from kvserve_profiler.trials import Trial, TrialLog

@@ -11,12 +11,12 @@ from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import Progress, RunInputs
 from kvserve_profiler.calibration import Calibration
+from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.coalesce import Coalescer
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
 from kvserve_profiler.engine import UNCALIBRATED, Task, profile, require_feasible
 from kvserve_profiler.exits import last_words
 from kvserve_profiler.model import Source
-from kvserve_profiler.search import Candidate
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import of_inputs
 from kvserve_profiler.trials import TrialLog

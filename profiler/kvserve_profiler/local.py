@@ -12,10 +12,10 @@ from rich.progress import Progress as Bar
 from kvserve_api.otel import configure
 from kvserve_api.run import Progress, RunInputs
 from kvserve_profiler.calibration import Calibration
+from kvserve_profiler.candidates import preset_space
 from kvserve_profiler.engine import BUNDLE_KEY, Task, profile, require_feasible
 from kvserve_profiler.folder import RunFolder
 from kvserve_profiler.model import Source
-from kvserve_profiler.search import preset_space
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.tables import results
 from kvserve_profiler.texts import Text

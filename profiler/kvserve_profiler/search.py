@@ -1,70 +1,175 @@
-"""Which strategy to measure next.
+"""Which candidates to measure next: Bayesian optimisation of three objectives, two of which are known.
 
-A pure function of the space and the trials so far, so that a resumed run goes on as if nothing had happened.
+A pure function of the pool and the observations so far, so that a resumed run goes on as if nothing had happened. It
+begins with a design that fills the space; then each step takes the candidate that is expected to enlarge the dominated
+hypervolume most, summed over the texts, within the quality budgets, and reckoned with the chance that it can be
+measured at all.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
-from kvserve_api.errors import StrategyError
-from kvserve_api.profile_set import NONE
-from kvserve_api.strategy import StrategyConfig
-from kvserve_strategies import PRESETS, config_needs_bundle
-from kvserve_strategies.peers import PEERS
+import numpy as np
+from scipy.spatial.distance import cdist
 
-LOSSLESS: Final = "lossless"
+from kvserve_profiler.acquisition import expected_improvement
+from kvserve_profiler.hypervolume import Reference, axes, loss_octaves
+from kvserve_profiler.pool import FloatArray, Observation, Pool
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A strategy under the name its profile gets.
-
-    Attributes:
-        name: A DNS label.
-        strategy: What to measure.
-    """
-
-    name: str
-    strategy: StrategyConfig
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs a calibration bundle; a strategy that can't work needs none."""
-        try:
-            return config_needs_bundle(self.strategy)
-        except StrategyError:
-            return False
+INITIAL: Final = 8
+"""Observations of the space-filling design, before a model says anything."""
+PRIOR_SUCCESSES: Final = 1.0
+"""What is held against the first failures: as much as one success right there."""
 
 
 def suggest(
-    space: Sequence[Candidate], measured: Collection[str], max_trials: int
-) -> Candidate | None:
-    """Return the next strategy to measure: the first of the space that was not measured.
+    pool: Pool,
+    observations: Sequence[Observation],
+    *,
+    seed: int,
+    batch: int,
+    budgets_bp: Sequence[float],
+) -> list[int]:
+    """Return the candidates to measure next, the most promising first.
 
     Args:
-        space: What may be measured, the most useful first.
-        measured: Digests of the strategies that were measured, with success or without.
-        max_trials: Most strategies to measure.
+        pool: The candidates.
+        observations: What was observed, failures too, in any order.
+        seed: Breaks ties.
+        batch: How many candidates are wanted.
+        budgets_bp: For each text the quality budget: what loses more is worth nothing.
 
     Returns:
-        The candidate, or None when the run is over.
+        Indices in the pool, different, none of them observed; fewer than ``batch`` when the pool is used up.
     """
-    rest = (c for c in space if c.strategy.digest not in measured)
-    return next(rest, None) if len(measured) < max_trials else None
+    seen = [observation.index for observation in observations]
+    batch = min(batch, len(pool) - len(set(seen)))
+    chosen = fill(pool, seen, count=min(batch, max(INITIAL - len(seen), 0)), seed=seed)
+    usable = [observation for observation in observations if not observation.failed]
+    if not usable:
+        rest = fill(pool, [*seen, *chosen], count=batch - len(chosen), seed=seed)
+        return [*chosen, *rest]
+    if len(chosen) < batch:
+        chosen += _improve(pool, observations, chosen, batch - len(chosen), seed, budgets_bp)
+    return chosen
 
 
-def preset_space() -> tuple[Candidate, ...]:
-    """Return the presets, the most useful first.
+def fill(pool: Pool, seen: Sequence[int], *, count: int, seed: int) -> list[int]:
+    """Return candidates that are far from each other and from those seen, over all ratios.
 
-    That is ``none``, without which there is no set, ``lossless``, which meets every budget, then ours that are
-    calibrated, our others, the peers'.
+    The ratios are cut into as many strata as the design has points; of each stratum comes the candidate that is
+    farthest from all before it.
     """
-    named = [Candidate(name=name, strategy=strategy) for name, strategy in PRESETS.items()]
-    # a short budget of trials goes to those that are seldom beaten
-    return tuple(
-        sorted(
-            named,
-            key=lambda c: (c.name != NONE, c.name != LOSSLESS, c.name in PEERS, not c.calibrated),
-        )
-    )
+    if count <= 0:
+        return []
+    places = _places(pool)
+    order = np.lexsort((_ties(len(pool), seed), pool.ratio))
+    strata = np.array_split(order, max(count, 1))
+    taken, chosen = list(seen), list[int]()
+    # from both ends inwards: the extremes tell most about the space
+    for stratum in sorted(range(len(strata)), key=lambda i: -abs(2 * i - len(strata) + 1)):
+        free = np.setdiff1d(strata[stratum], taken, assume_unique=False)
+        if not len(free):
+            free = np.setdiff1d(order, taken)
+        distance = cdist(places[free], places[taken]).min(axis=1) if taken else np.zeros(len(free))
+        best = int(free[np.lexsort((_ties(len(pool), seed)[free], -distance))[0]])
+        chosen.append(best)
+        taken.append(best)
+    return chosen
+
+
+def reference(pool: Pool, budget_bp: float) -> Reference:
+    """Return what is worth nothing in a search: no compression, a loss over the budget, the slowest codec."""
+    return Reference(loss_bp=budget_bp, codec_s=float(pool.codec_s.max()) * (1 + 1e-9))
+
+
+def _improve(
+    pool: Pool,
+    observations: Sequence[Observation],
+    pending: Sequence[int],
+    count: int,
+    seed: int,
+    budgets_bp: Sequence[float],
+) -> list[int]:
+    """Return the candidates of the largest expected improvement, one after the other."""
+    # importing botorch takes seconds: a run that is over before it needs a model does without
+    from kvserve_profiler.surrogate import Surrogate
+
+    usable = [observation for observation in observations if not observation.failed]
+    indices = [observation.index for observation in usable]
+    models = [
+        Surrogate(pool, indices, [observation.losses_bp[text] for observation in usable])
+        for text in range(len(budgets_bp))
+    ]
+    for index in pending:
+        for model in models:
+            model.suppose(index)
+    success = success_chance(pool, observations)
+    taken = np.zeros(len(pool), dtype=bool)
+    taken[[observation.index for observation in observations]] = True
+    taken[list(pending)] = True
+    believed = [*indices, *pending]
+    chosen = list[int]()
+    for _ in range(count):
+        gain = np.zeros(len(pool))
+        spread = np.zeros(len(pool))
+        for model, budget_bp in zip(models, budgets_bp, strict=True):
+            belief = model.belief()
+            origin = reference(pool, budget_bp)
+            loss_bp = np.exp2(belief.mean) - 1.0
+            points = axes(pool.ratio, loss_bp, pool.codec_s, origin)
+            best = float(loss_octaves(budget_bp))
+            gain += expected_improvement(
+                points[believed],
+                points[:, [0, 2]],
+                best - belief.mean,
+                belief.deviation,
+                best,
+            )
+            spread += belief.deviation
+        gain *= success
+        gain[taken] = spread[taken] = -1.0
+        # where nothing can be gained any more, the least known candidate is measured
+        order = np.lexsort((_ties(len(pool), seed), -spread, -gain))
+        best_index = int(order[0])
+        chosen.append(best_index)
+        believed.append(best_index)
+        taken[best_index] = True
+        for model in models:
+            model.suppose(best_index)
+    return chosen
+
+
+def success_chance(pool: Pool, observations: Sequence[Observation]) -> FloatArray:
+    """Return for each candidate the chance that it can be measured, from failures and successes near it.
+
+    Returns:
+        ``[n]``, over 0, and 1 everywhere as long as nothing failed.
+    """
+    places = _places(pool)
+    failed = [observation.index for observation in observations if observation.failed]
+    if not failed:
+        return np.ones(len(pool))
+    succeeded = [observation.index for observation in observations if not observation.failed]
+    for_it, against = _near(places, succeeded), _near(places, failed)
+    chance: FloatArray = (PRIOR_SUCCESSES + for_it) / (PRIOR_SUCCESSES + for_it + against)
+    return chance
+
+
+def _near(places: FloatArray, some: Sequence[int]) -> FloatArray:
+    """Return how many of some candidates are near each place, by a Gaussian kernel."""
+    distance = cdist(places, places[list(some)], "sqeuclidean")
+    near: FloatArray = np.exp(-4.0 * distance).sum(axis=1)
+    return near
+
+
+def _places(pool: Pool) -> FloatArray:
+    """Return ``[n, features + 1]`` coordinates whose distances say how different candidates are."""
+    columns = np.column_stack([pool.features, np.log2(pool.ratio)])
+    span = np.ptp(columns, axis=0)
+    places: FloatArray = (columns - columns.min(axis=0)) / np.where(span > 0, span, 1.0)
+    return places
+
+
+def _ties(count: int, seed: int) -> FloatArray:
+    return np.random.default_rng(seed).random(count)

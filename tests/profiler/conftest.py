@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvserve_api.run import ClassInputs, RunInputs
+from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.engine import Task
 from kvserve_profiler.model import Source
-from kvserve_profiler.search import Candidate
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import Text
 from kvserve_strategies.presets import PRESETS

@@ -9,9 +9,9 @@ import pytest
 
 from kvserve_api.profile_set import ParetoSet
 from kvserve_profiler.calibration import Calibration
+from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.engine import Task, pareto_set, profile
 from kvserve_profiler.model import Model
-from kvserve_profiler.search import Candidate
 from kvserve_profiler.trials import TrialLog, basis_of
 from kvserve_strategies.artifacts import Store, open_store
 from kvserve_strategies.bundle import Bundle

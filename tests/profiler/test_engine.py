@@ -12,11 +12,11 @@ from kvserve_api.profile_set import NONE, ParetoSet
 from kvserve_api.run import ClassInputs, Progress, RunInputs
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_profiler.bench import Bench
+from kvserve_profiler.candidates import Candidate, preset_space, suggest
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.engine import Task, pareto_set, profile, require_feasible
 from kvserve_profiler.model import KV, Model
 from kvserve_profiler.quality import MeasurementError
-from kvserve_profiler.search import Candidate, preset_space, suggest
 from kvserve_profiler.texts import Text, unique
 from kvserve_profiler.trials import TrialLog
 

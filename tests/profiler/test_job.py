@@ -19,9 +19,9 @@ from kvserve_api.errors import InfeasibleError, SpecError, UnavailableError
 from kvserve_api.names import child_name
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import ClassInputs, Progress, RunInputs
+from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
 from kvserve_profiler.job import JobOptions, run_job
-from kvserve_profiler.search import Candidate
 from kvserve_profiler.trials import TrialLog, basis_of
 from kvserve_strategies.artifacts import open_store
 from random_bundles import joint_strategy

@@ -1,0 +1,61 @@
+"""What a search knows: the candidates with their cheap objectives, and what was observed of some of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvserve_api.errors import SpecError
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pool:
+    """The candidates of a search; n of them.
+
+    Attributes:
+        features: ``[n, features]``, finite: what a strategy is, a column a property. Values of one column that are
+            close should mean strategies that lose alike; a choice without an order takes a column for each value.
+        ratio: ``[n]``, positive: native bytes over wire bytes.
+        codec_s: ``[n]``, positive: seconds to encode and decode a transfer.
+    """
+
+    features: FloatArray
+    ratio: FloatArray
+    codec_s: FloatArray
+
+    def __post_init__(self) -> None:
+        for name in ("features", "ratio", "codec_s"):
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            object.__setattr__(self, name, values)
+            if values.ndim != (2 if name == "features" else 1) or len(values) != len(self.ratio):
+                raise SpecError(name, f"has the shape {values.shape}, for {len(self.ratio)} ratios")
+            if not np.isfinite(values).all() or (name != "features" and not (values > 0).all()):
+                raise SpecError(name, "must be finite, and ratios and times positive")
+
+    def __len__(self) -> int:
+        return len(self.ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What was observed of one candidate.
+
+    Attributes:
+        index: Of the candidate in the pool.
+        losses_bp: For each text, the loss on each of its windows so far, in basis points; windows come in one order
+            for all candidates, so that candidates are compared on the same ones. Not finite, or none, if it failed.
+    """
+
+    index: int
+    losses_bp: Sequence[Sequence[float]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it gave no usable loss on some text."""
+        return not self.losses_bp or not all(
+            len(losses) > 0 and np.isfinite(losses).all() for losses in self.losses_bp
+        )
