@@ -83,7 +83,7 @@ def job(
 ) -> None:
     """Do the work of a profiling Job; each option has a KVSERVE_ variable."""
     # torch and transformers take seconds to import: --help does without
-    from kvserve_profiler.candidates import preset_space
+    from kvserve_profiler.candidates import grid, preset_space
     from kvserve_profiler.configmaps import Owner
     from kvserve_profiler.exits import exit_code, last_words, leave_message
     from kvserve_profiler.job import JobOptions, run_job, say
@@ -100,7 +100,7 @@ def job(
             artifacts=artifacts,
             calibration_tokens=calibration_tokens,
         )
-        message = run_job(options, preset_space())
+        message = run_job(options, preset_space(), grid)
     except Exception as error:
         code, message = exit_code(error), last_words(error)
         if not isinstance(error, KVServeError):

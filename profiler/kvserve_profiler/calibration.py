@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from kvserve_api.errors import ArtifactError, UnavailableError, UnsupportedError
 from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS
-from kvserve_profiler.engine import BUNDLE_KEY, Task
 from kvserve_profiler.model import Source
+from kvserve_profiler.task import BUNDLE_KEY, Task
 from kvserve_profiler.trials import basis_of
 from kvserve_strategies import Pipeline
 from kvserve_strategies.artifacts import Store

@@ -11,13 +11,15 @@ from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import Progress, RunInputs
 from kvserve_profiler.calibration import Calibration
-from kvserve_profiler.candidates import Candidate
+from kvserve_profiler.candidates import Candidate, Grid
 from kvserve_profiler.coalesce import Coalescer
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
-from kvserve_profiler.engine import UNCALIBRATED, Task, profile, require_feasible
+from kvserve_profiler.engine import profile
 from kvserve_profiler.exits import last_words
 from kvserve_profiler.model import Source
+from kvserve_profiler.outcome import UNCALIBRATED, require_feasible
 from kvserve_profiler.settings import Settings
+from kvserve_profiler.task import Task
 from kvserve_profiler.texts import of_inputs
 from kvserve_profiler.trials import TrialLog
 from kvserve_strategies.artifacts import open_store
@@ -55,10 +57,15 @@ class State:
     log: TrialLog | None = None
 
 
-def run_job(options: JobOptions, space: Sequence[Candidate]) -> str:
+def run_job(options: JobOptions, space: Sequence[Candidate], grid: Grid | None = None) -> str:
     """Do a Job's work and return what happened, for people.
 
     Whatever the end, the run's ConfigMap says it.
+
+    Args:
+        options: What the operator gave.
+        space: The strategies to begin with.
+        grid: The strategy space around them; None to measure no others.
 
     Raises:
         SpecError: An input is wrong.
@@ -70,7 +77,7 @@ def run_job(options: JobOptions, space: Sequence[Candidate]) -> str:
     state = State()
     with closing(RunConfigMaps(options.owner, inputs.digest)) as maps:
         try:
-            result = _measure(options, inputs, space, maps, state)
+            result = _measure(options, inputs, space, grid, maps, state)
             message = maps.publish(result)
             if why := result.provenance["calibration"].get(UNCALIBRATED):
                 message += f"; nothing calibrated was measured: {why}"
@@ -86,6 +93,7 @@ def _measure(
     options: JobOptions,
     inputs: RunInputs,
     space: Sequence[Candidate],
+    grid: Grid | None,
     maps: RunConfigMaps,
     state: State,
 ) -> ParetoSet:
@@ -100,15 +108,17 @@ def _measure(
             say(f"{progress} {progress.message}".rstrip())
             writer.put((progress, log))
 
+        total = inputs.max_trials if grid else min(inputs.max_trials, len(space))
+
         def tell(message: str) -> None:
-            state.progress = Progress(total=min(inputs.max_trials, len(space)), message=message)
+            state.progress = Progress(total=total, message=message)
             say(f"{state.progress} {message}")
             writer.put((state.progress, None))
 
-        state.progress = Progress(total=min(inputs.max_trials, len(space)), message="starting")
+        state.progress = Progress(total=total, message="starting")
         texts = of_inputs(inputs, options.texts)
         source = Source(location=options.model or inputs.model, revision=inputs.revision)
-        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed))
+        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed), grid)
         earlier = maps.load()
         calibration = Calibration(
             store=open_store(options.artifacts) if options.artifacts else None,

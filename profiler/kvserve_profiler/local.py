@@ -12,12 +12,14 @@ from rich.progress import Progress as Bar
 from kvserve_api.otel import configure
 from kvserve_api.run import Progress, RunInputs
 from kvserve_profiler.calibration import Calibration
-from kvserve_profiler.candidates import preset_space
-from kvserve_profiler.engine import BUNDLE_KEY, Task, profile, require_feasible
+from kvserve_profiler.candidates import grid, preset_space
+from kvserve_profiler.engine import profile
 from kvserve_profiler.folder import RunFolder
 from kvserve_profiler.model import Source
+from kvserve_profiler.outcome import require_feasible
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.tables import results
+from kvserve_profiler.task import BUNDLE_KEY, Task
 from kvserve_profiler.texts import Text
 from kvserve_profiler.trials import TrialLog
 from kvserve_strategies.artifacts import open_store
@@ -57,7 +59,7 @@ def run_local(
         inputs = _with_digests(inputs, texts, text_files)
         source = Source(location=str(model))
         settings = Settings(seed=inputs.seed, threads=threads)
-        task = Task.of(inputs, source, texts, preset_space(), settings)
+        task = Task.of(inputs, source, texts, preset_space(), settings, grid)
         store = open_store(artifacts) if artifacts else None
         calibration = Calibration(
             store=open_store(folder.bundles.as_uri()), tokens=calibration_tokens

@@ -21,11 +21,13 @@ class Pool:
             close should mean strategies that lose alike; a choice without an order takes a column for each value.
         ratio: ``[n]``, positive: native bytes over wire bytes.
         codec_s: ``[n]``, positive: seconds to encode and decode a transfer.
+        starts: ``[n]`` bool: those to begin with, because they are known to be sensible; None for all alike.
     """
 
     features: FloatArray
     ratio: FloatArray
     codec_s: FloatArray
+    starts: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         for name in ("features", "ratio", "codec_s"):
@@ -59,3 +61,17 @@ class Observation:
         return not self.losses_bp or not all(
             len(losses) > 0 and np.isfinite(losses).all() for losses in self.losses_bp
         )
+
+
+def windows_of(losses_bp: Sequence[Sequence[float]]) -> FloatArray:
+    """Return the losses of the candidates that were observed on all windows.
+
+    Args:
+        losses_bp: For each candidate those on its windows.
+
+    Returns:
+        ``[candidates, windows]``; ``[0, 0]`` if none was observed.
+    """
+    most = max((len(row) for row in losses_bp), default=0)
+    rows = [row for row in losses_bp if len(row) == most]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), most)

@@ -40,6 +40,7 @@ class Quality:
         loss_upper_bp: Its one-sided upper confidence limit, in basis points.
         agreement: Share of tokens whose most likely successor stays the same.
         tokens: Scored tokens.
+        windows_bp: The loss of each window by itself, in basis points.
     """
 
     ratio: float
@@ -48,6 +49,7 @@ class Quality:
     loss_upper_bp: float
     agreement: float
     tokens: int
+    windows_bp: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the quality as an object."""
@@ -58,6 +60,7 @@ class Quality:
             "loss_upper_bp": self.loss_upper_bp,
             "agreement": self.agreement,
             "tokens": self.tokens,
+            "windows_bp": list(self.windows_bp),
         }
 
     @classmethod
@@ -70,9 +73,19 @@ class Quality:
             loss_upper_bp=fields.number("loss_upper_bp", minimum=0),
             agreement=fields.number("agreement", minimum=0, maximum=1),
             tokens=fields.integer("tokens", minimum=0),
+            windows_bp=numbers(fields, "windows_bp"),
         )
         fields.done()
         return quality
+
+
+def numbers(fields: Fields, key: str) -> tuple[float, ...]:
+    """Read a list of numbers that are not negative."""
+    items = fields.items(key)
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item < math.inf:
+            raise fields.fail(key, f"must be a list of numbers from 0, holds {item!r}")
+    return tuple(map(float, items))
 
 
 def divergence(exact: torch.Tensor, approximate: torch.Tensor) -> FloatArray:
@@ -148,4 +161,5 @@ def assess(
         loss_upper_bp=loss_bp(upper_mean(divergences, settings)),
         agreement=float(np.mean(agreements)),
         tokens=sum(len(window) for window in divergences),
+        windows_bp=tuple(loss_bp(float(window.mean())) for window in divergences),
     )

@@ -14,10 +14,16 @@ from scipy.spatial.distance import cdist
 
 from kvserve_profiler.acquisition import expected_improvement
 from kvserve_profiler.hypervolume import Reference, axes, loss_octaves
-from kvserve_profiler.pool import FloatArray, Observation, Pool
+from kvserve_profiler.pool import FloatArray, Observation, Pool, windows_of
 
 INITIAL: Final = 8
 """Observations of the space-filling design, before a model says anything."""
+USELESS: Final = 8.0
+"""A loss of so many budgets is as bad as any larger one."""
+LEAST_PAIRS: Final = 4
+"""Candidates observed on all windows before any other is spared some."""
+DOUBT: Final = 2.0
+"""Standard deviations by which a loss on a few windows may turn out less on all."""
 PRIOR_SUCCESSES: Final = 1.0
 """What is held against the first failures: as much as one success right there."""
 
@@ -54,8 +60,53 @@ def suggest(
     return chosen
 
 
+def worth_more(
+    pool: Pool,
+    observations: Sequence[Observation],
+    partial: Observation,
+    *,
+    budgets_bp: Sequence[float],
+) -> bool:
+    """Tell whether a candidate that was observed on a few windows is worth the others.
+
+    It is not if, as far as those observed on all windows tell how these can differ from the few, it loses more than the
+    budget or another is better in everything, on every text.
+
+    Args:
+        pool: The candidates.
+        observations: What was observed of others.
+        partial: What was observed of it.
+        budgets_bp: For each text the quality budget.
+    """
+    if partial.failed:
+        return False
+    usable = [one for one in observations if not one.failed]
+    for text, budget_bp in enumerate(budgets_bp):
+        whole = windows_of([one.losses_bp[text] for one in usable])
+        few = len(partial.losses_bp[text])
+        if len(whole) < LEAST_PAIRS or few >= whole.shape[1]:
+            return True
+        octaves = loss_octaves(
+            np.append(whole[:, :few].mean(axis=1), np.mean(partial.losses_bp[text]))
+        )
+        shift = loss_octaves(whole.mean(axis=1)) - octaves[:-1]
+        hoped = octaves[-1] + shift.mean() - DOUBT * shift.std(ddof=1)
+        if hoped > loss_octaves(budget_bp):
+            continue
+        others = [one for one in usable if len(one.losses_bp[text]) == whole.shape[1]]
+        better = [
+            pool.ratio[one.index] >= pool.ratio[partial.index]
+            and pool.codec_s[one.index] <= pool.codec_s[partial.index]
+            and loss_octaves(float(np.mean(one.losses_bp[text]))) <= hoped
+            for one in others
+        ]
+        if not any(better):
+            return True
+    return False
+
+
 def fill(pool: Pool, seen: Sequence[int], *, count: int, seed: int) -> list[int]:
-    """Return candidates that are far from each other and from those seen, over all ratios.
+    """Return candidates that are far from each other and from those seen, over all ratios; starts first.
 
     The ratios are cut into as many strata as the design has points; of each stratum comes the candidate that is
     farthest from all before it.
@@ -64,6 +115,8 @@ def fill(pool: Pool, seen: Sequence[int], *, count: int, seed: int) -> list[int]
         return []
     places = _places(pool)
     order = np.lexsort((_ties(len(pool), seed), pool.ratio))
+    if pool.starts is not None and (~np.isin(np.flatnonzero(pool.starts), seen)).sum() >= count:
+        order = order[pool.starts[order]]
     strata = np.array_split(order, max(count, 1))
     taken, chosen = list(seen), list[int]()
     # from both ends inwards: the extremes tell most about the space
@@ -98,8 +151,13 @@ def _improve(
     usable = [observation for observation in observations if not observation.failed]
     indices = [observation.index for observation in usable]
     models = [
-        Surrogate(pool, indices, [observation.losses_bp[text] for observation in usable])
-        for text in range(len(budgets_bp))
+        Surrogate(
+            pool,
+            indices,
+            [observation.losses_bp[text] for observation in usable],
+            most_bp=USELESS * budget_bp,
+        )
+        for text, budget_bp in enumerate(budgets_bp)
     ]
     for index in pending:
         for model in models:

@@ -13,7 +13,8 @@ class Settings:
     Attributes:
         prefix_tokens: Tokens of each window whose KV cache is compressed.
         continuation_tokens: Tokens after them that are scored with it.
-        max_windows: Most windows of a text.
+        max_windows: Most windows of a text that a search sees, and most that are held out for its result.
+        first_windows: Windows after which a search goes on only with what may still be worth it.
         block_tokens: Neighbouring tokens that the bootstrap keeps together, because their losses are alike.
         resamples: Bootstrap resamples.
         confidence_percent: Level of the one-sided upper limit of the loss.
@@ -25,6 +26,7 @@ class Settings:
     prefix_tokens: int = 768
     continuation_tokens: int = 128
     max_windows: int = 4
+    first_windows: int = 1
     block_tokens: int = 32
     resamples: int = 2000
     confidence_percent: float = 95.0
@@ -37,6 +39,7 @@ class Settings:
             ("prefix_tokens", 16),
             ("continuation_tokens", 8),
             ("max_windows", 1),
+            ("first_windows", 1),
             ("block_tokens", 1),
             ("resamples", 100),
             ("cost_repeats", 1),

@@ -5,6 +5,7 @@ family and its noise about equal everywhere. Loss rises with the ratio, so that 
 is how families differ from that line.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.utils.errors import NotPSDError
 
 from kvserve_profiler.hypervolume import loss_octaves
-from kvserve_profiler.pool import FloatArray, Pool
+from kvserve_profiler.pool import FloatArray, Pool, windows_of
 
 LEAST_VARIANCE = 1e-4
 """Of an observation, in octaves squared: the model would otherwise bend to rounding errors."""
@@ -52,7 +53,7 @@ def octaves_of(losses: Sequence[Sequence[float]]) -> tuple[FloatArray, FloatArra
         ``[n]`` octaves and ``[n]`` variances.
     """
     most = max(len(row) for row in losses)
-    whole = np.array([row for row in losses if len(row) == most], dtype=np.float64)
+    whole = windows_of(losses)
     noise = _window_noise(whole)
     octaves, variances = np.empty(len(losses)), np.empty(len(losses))
     for position, row in enumerate(losses):
@@ -84,7 +85,12 @@ class Surrogate:
     """A Gaussian process on the losses observed on one text. A function of its arguments alone."""
 
     def __init__(
-        self, pool: Pool, indices: Sequence[int], losses: Sequence[Sequence[float]]
+        self,
+        pool: Pool,
+        indices: Sequence[int],
+        losses: Sequence[Sequence[float]],
+        *,
+        most_bp: float = math.inf,
     ) -> None:
         """Fit the process.
 
@@ -92,8 +98,11 @@ class Surrogate:
             pool: The candidates.
             indices: Those observed, at least one.
             losses: The losses of each, as for `octaves_of`.
+            most_bp: A loss beyond which nothing needs to be told apart, in basis points: a strategy that destroys the
+                cache must not bend the model where it counts.
         """
         octaves, variances = octaves_of(losses)
+        octaves = np.minimum(octaves, loss_octaves(most_bp))
         ratio = np.log2(pool.ratio)
         self._inputs = torch.from_numpy(_scaled(np.column_stack([pool.features, ratio])))
         chosen = list(indices)

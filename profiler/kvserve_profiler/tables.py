@@ -24,7 +24,9 @@ HEADINGS: Final = (
 
 
 def results(result: ParetoSet, log: TrialLog, texts: Mapping[str, Text]) -> Iterator[Table]:
-    """Yield a table of all trials for each workload class.
+    """Yield a table of all strategies that were tried for each workload class.
+
+    Those that were confirmed show what was measured of them then; the others what the search saw.
 
     Args:
         result: The Pareto set.
@@ -36,9 +38,16 @@ def results(result: ParetoSet, log: TrialLog, texts: Mapping[str, Text]) -> Iter
             title=f"class {name}", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False
         )
         for index, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
+            table.add_column(
+                heading,
+                justify="left" if index < 2 else "right",
+                # names may be long: they take what the numbers leave
+                no_wrap=index != 1,
+                overflow="fold" if index == 1 else "ellipsis",
+            )
         kept = {profile.name for profile in result.profiles(name)}
-        for trial in sorted(log.trials, key=lambda t: -_ratio(t, text.digest)):
+        latest = {trial.strategy.digest: trial for trial in log.trials}
+        for trial in sorted(latest.values(), key=lambda t: -_ratio(t, text.digest)):
             table.add_row("yes" if trial.name in kept else "", *_cells(trial, text.digest))
         yield table
 
@@ -63,5 +72,7 @@ def _cells(trial: Trial, text: str) -> tuple[str, ...]:
     )
 
 
-def _speed(cost: StageCost, native_bytes: int) -> str:
+def _speed(cost: StageCost | None, native_bytes: int) -> str:
+    if cost is None:
+        return ""
     return f"{native_bytes / cost.seconds(native_bytes) / 1e6:,.0f}"

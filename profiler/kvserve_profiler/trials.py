@@ -1,12 +1,15 @@
 """The trial log: JSON lines from which a run that was killed goes on.
 
-The first line says what the trials were measured with; each further line is one finished trial. A line cut short by a
-kill is dropped. Everything the result is made of is in the log, so that a complete log gives the same result again.
+The first line says what the trials were measured with, the second what screening found of the candidates; each further
+line is one finished trial. A line cut short by a kill is dropped. Everything the result is made of is in the log, so
+that a complete log gives the same result again, and all that decides what to measure next, so that a cut one goes on
+alike.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Final, Self
 
 from kvserve_api.canonical import canonical_json
@@ -15,9 +18,19 @@ from kvserve_api.fields import Fields
 from kvserve_api.latency import StageCost
 from kvserve_api.strategy import StrategyConfig
 from kvserve_profiler.quality import Quality
+from kvserve_profiler.screening import Screening
 
-SCHEMA: Final = "kvserve.io/trials/v1"
+SCHEMA: Final = "kvserve.io/trials/v2"
 MAX_ERROR: Final = 500
+
+
+class Phase(StrEnum):
+    """What a trial is for."""
+
+    SEARCH = "search"
+    """To find out where to look: on the windows of the search, as many of them as it took."""
+    CONFIRM = "confirm"
+    """For the result: on all windows that were held out, and with its costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,27 +39,26 @@ class Measurement:
 
     Attributes:
         qualities: For each text, by digest, the quality.
-        encode: Cost of encoding.
-        decode: Cost of decoding.
+        encode: Cost of encoding; None in a search, which needs no more than the screening's.
+        decode: Cost of decoding, likewise.
         lossless: The decoded KV equals the native KV bit by bit, on every text.
-        native_bytes: The largest transfer that was timed, uncompressed.
+        native_bytes: The transfer of a whole prefix, uncompressed, whose codec time counts.
     """
 
     qualities: Mapping[str, Quality]
-    encode: StageCost
-    decode: StageCost
+    encode: StageCost | None = None
+    decode: StageCost | None = None
     lossless: bool
     native_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as an object."""
+        costs = (("encode", self.encode), ("decode", self.decode))
         return {
             "qualities": {text: quality.to_json() for text, quality in self.qualities.items()},
-            "encode": self.encode.to_json(),
-            "decode": self.decode.to_json(),
             "lossless": self.lossless,
             "native_bytes": self.native_bytes,
-        }
+        } | {name: cost.to_json() for name, cost in costs if cost is not None}
 
     @classmethod
     def from_json(cls, fields: Fields) -> Self:
@@ -56,13 +68,19 @@ class Measurement:
             qualities={
                 text: Quality.from_json(qualities.child(text)) for text in qualities.mapping_of()
             },
-            encode=StageCost.from_json(fields.child("encode")),
-            decode=StageCost.from_json(fields.child("decode")),
+            encode=_cost(fields, "encode"),
+            decode=_cost(fields, "decode"),
             lossless=fields.boolean("lossless"),
             native_bytes=fields.integer("native_bytes", minimum=1),
         )
         fields.done()
         return measurement
+
+
+def _cost(fields: Fields, key: str) -> StageCost | None:
+    cost = StageCost.from_json(fields.child(key)) if fields.has(key) else None
+    fields.ignore(key)
+    return cost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +90,7 @@ class Trial:
     Attributes:
         name: The candidate's name.
         strategy: What was measured.
+        phase: What for.
         duration_s: How long it took, in seconds, to the millisecond.
         measurement: What was measured; None if it failed.
         error: Why it failed; empty if it did not.
@@ -79,6 +98,7 @@ class Trial:
 
     name: str
     strategy: StrategyConfig
+    phase: Phase = Phase.SEARCH
     duration_s: float
     measurement: Measurement | None = None
     error: str = ""
@@ -94,6 +114,7 @@ class Trial:
         value: dict[str, Any] = {
             "name": self.name,
             "strategy": self.strategy.to_json(),
+            "phase": str(self.phase),
             "duration_s": self.duration_s,
         }
         if self.measurement is None:
@@ -106,6 +127,7 @@ class Trial:
         trial = cls(
             name=fields.string("name", max_length=63),
             strategy=StrategyConfig.from_json(fields.mapping("strategy"), fields.at("strategy")),
+            phase=Phase(fields.string("phase", choices=[*Phase])),
             duration_s=fields.number("duration_s", minimum=0),
             measurement=(
                 Measurement.from_json(fields.child("measurement"))
@@ -125,25 +147,35 @@ class TrialLog:
 
     Attributes:
         basis: What they were measured with: model, texts, settings, device, versions. Other trials don't belong here.
+        screening: What is known of the candidates; None before.
         trials: In the order in which they finished.
     """
 
     basis: Mapping[str, Any]
+    screening: Screening | None = None
     trials: tuple[Trial, ...] = field(default=())
 
-    @property
-    def measured(self) -> frozenset[str]:
-        """Digests of the strategies that need no further trial."""
-        return frozenset(trial.strategy.digest for trial in self.trials)
+    def of(self, phase: Phase) -> tuple[Trial, ...]:
+        """Return the trials of a phase."""
+        return tuple(trial for trial in self.trials if trial.phase == phase)
+
+    def measured(self, phase: Phase) -> frozenset[str]:
+        """Return the digests of the strategies that need no further trial in a phase."""
+        return frozenset(trial.strategy.digest for trial in self.of(phase))
 
     def plus(self, trial: Trial) -> "TrialLog":
         """Return the log with one more trial."""
-        return TrialLog(basis=self.basis, trials=(*self.trials, trial))
+        return replace(self, trials=(*self.trials, trial))
+
+    def screened(self, screening: Screening) -> "TrialLog":
+        """Return the log with what is known of the candidates."""
+        return replace(self, screening=screening)
 
     def lines(self) -> list[str]:
         """Return the log as lines of JSON, each with its end of line."""
         objects: list[dict[str, Any]] = [
             {"schema": SCHEMA, "basis": dict(self.basis)},
+            *([] if self.screening is None else [{"screening": self.screening.to_json()}]),
             *(trial.to_json() for trial in self.trials),
         ]
         return [canonical_json(value).decode() + "\n" for value in objects]
@@ -173,11 +205,15 @@ class TrialLog:
                     "trials.jsonl",
                     f"holds trials of another run (different: {', '.join(keys)}): remove it to begin anew",
                 )
-        trials = tuple(
-            Trial.from_json(_read(line, f"line {number}"))
-            for number, line in enumerate(lines[1:], start=2)
-        )
-        return TrialLog(basis=self.basis, trials=trials)
+        log = self
+        for number, line in enumerate(lines[1:], start=2):
+            fields = _read(line, f"line {number}")
+            if number == 2 and fields.has("screening"):
+                log = log.screened(Screening.from_json(fields.child("screening")))
+                fields.done()
+            else:
+                log = log.plus(Trial.from_json(fields))
+        return log
 
 
 def basis_of(text: str) -> Mapping[str, Any]:

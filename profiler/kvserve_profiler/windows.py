@@ -53,6 +53,31 @@ def cut(
     )
 
 
+def halves(
+    tokens: Sequence[int], settings: Settings, *, lead: Sequence[int] = ()
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Cut a document in two, so that no token is scored in both.
+
+    A search takes what looks best on its windows, and so what was lucky there; what it found is measured again on
+    others. A document of less than two windows gives two whose prefixes overlap, if the scored tokens need not.
+
+    Args:
+        tokens: Token ids of the document.
+        settings: How long windows are.
+        lead: See `cut`.
+
+    Returns:
+        What the search sees, and what is held out; the latter is empty if the document is too short.
+    """
+    size, scored = settings.window_tokens - len(lead), settings.continuation_tokens
+    if len(tokens) >= 2 * size:
+        middle = len(tokens) // 2
+        return tokens[:middle], tokens[middle:]
+    if len(tokens) >= size + scored:
+        return tokens[:size], tokens[-size:]
+    return tokens, ()
+
+
 def _spread(count: int, available: int) -> list[int]:
     """Return ``count`` different indices of ``available``, evenly spread."""
     return [(2 * index + 1) * available // (2 * count) for index in range(count)]

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvserve_api.run import ClassInputs, RunInputs
 from kvserve_profiler.candidates import Candidate
-from kvserve_profiler.engine import Task
 from kvserve_profiler.model import Source
 from kvserve_profiler.settings import Settings
+from kvserve_profiler.task import Task
 from kvserve_profiler.texts import Text
 from kvserve_strategies.presets import PRESETS
 

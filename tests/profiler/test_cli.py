@@ -71,12 +71,16 @@ def test_a_run_writes_the_set_and_the_log(
     assert result.model.name == "test/tiny"
     assert set(result.classes) == {"default", "code"}
     lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in lines[1:]] == [
-        "none", "lossless", "fp8", "int8-token",
-    ]  # fmt: skip
+    trials = [json.loads(line) for line in lines[2:]]
+    searched = [trial["name"] for trial in trials if trial["phase"] == "search"]
+    assert searched[:2] == ["none", "lossless"]
+    assert len(searched) == 4
+    confirmed = {trial["name"] for trial in trials if trial["phase"] == "confirm"}
+    assert {p.name for profiles in result.classes.values() for p in profiles} <= confirmed
     assert result.digest in done.stdout
     assert "class code" in done.stdout
-    assert "3/4 measuring int8-token" in done.stderr
+    assert f"3/4 measuring {searched[3]}" in done.stderr
+    assert "4/4 confirming none" in done.stderr
     # again: nothing left to measure, the same result
     again = invoke(*arguments, "--text", f"code={tmp_path / 'code.txt'}")
     assert again.exit_code == 0
@@ -94,7 +98,7 @@ def test_a_calibrated_run_leaves_its_bundle(model_folder: Path, tmp_path: Path) 
     done = invoke(*arguments, 2)
     assert done.exit_code in (0, 65), done.output
     assert "calibrating" in done.stderr
-    basis, _, trial = map(json.loads, (out / "trials.jsonl").read_text().splitlines())
+    basis, _, trial, *_ = map(json.loads, (out / "trials.jsonl").read_text().splitlines())
     assert "measurement" in trial
     digest = basis["basis"]["bundle"]
     result = ParetoSet.parse((out / "pareto.json").read_bytes())
@@ -163,7 +167,7 @@ def test_more_trials_extend_a_run(model_folder: Path, tmp_path: Path) -> None:
     assert invoke(*arguments, 2).exit_code == 0
     done = invoke(*arguments, 3)
     assert done.exit_code == 0
-    assert "measuring fp8" in done.stderr
+    assert "2/3 measuring" in done.stderr
     assert "measuring none" not in done.stderr
 
 
@@ -217,7 +221,7 @@ def test_a_killed_process_goes_on(model_folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     log = out / "trials.jsonl"
     deadline_s = time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < 3:
+    while not log.exists() or log.read_text().count("\n") < 4:
         assert process.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.002)
@@ -230,5 +234,6 @@ def test_a_killed_process_goes_on(model_folder: Path, tmp_path: Path) -> None:
     assert done.returncode in (0, 65), done.stderr
     lines = log.read_text().splitlines()
     assert lines[: len(kept)] == kept
-    assert len({json.loads(line)["name"] for line in lines[1:]}) == len(lines) - 1
+    trials = [json.loads(line) for line in lines[2:]]
+    assert len({(trial["name"], trial["phase"]) for trial in trials}) == len(trials)
     assert "measuring none" not in done.stderr

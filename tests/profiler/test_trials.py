@@ -7,12 +7,20 @@ import pytest
 from kvserve_api.errors import ArtifactError
 from kvserve_api.latency import StageCost
 from kvserve_profiler.quality import Quality
-from kvserve_profiler.trials import Measurement, Trial, TrialLog
+from kvserve_profiler.screening import Cheap, Screening
+from kvserve_profiler.trials import Measurement, Phase, Trial, TrialLog
 from kvserve_strategies.presets import PRESETS
 
 QUALITY = Quality(
-    ratio=3.5, kl=0.01, loss_bp=100.5, loss_upper_bp=140.25, agreement=0.9, tokens=512
+    ratio=3.5,
+    kl=0.01,
+    loss_bp=100.5,
+    loss_upper_bp=140.25,
+    agreement=0.9,
+    tokens=512,
+    windows_bp=(90.0, 111.0),
 )
+SEEN = Measurement(qualities={"sha256:ab": QUALITY}, lossless=False, native_bytes=17_694_720)
 MEASUREMENT = Measurement(
     qualities={"sha256:ab": QUALITY},
     encode=StageCost(floor_s=0.001, offset_s=0.0005, bytes_per_s=1.5e9),
@@ -22,10 +30,17 @@ MEASUREMENT = Measurement(
 )
 LOG = TrialLog(
     basis={"seed": 0, "device": "cpu-avx2"},
+    screening=Screening({"00": Cheap(ratio=3.56789, codec_s=0.012345), "01": None}),
     trials=(
-        Trial(name="none", strategy=PRESETS["none"], duration_s=1.23456, measurement=MEASUREMENT),
+        Trial(name="none", strategy=PRESETS["none"], duration_s=1.23456, measurement=SEEN),
         Trial(name="fp8", strategy=PRESETS["fp8"], duration_s=0.5, error="ValuesError: NaN"),
-        Trial(name="kivi-4", strategy=PRESETS["kivi-4"], duration_s=2, measurement=MEASUREMENT),
+        Trial(
+            name="none",
+            strategy=PRESETS["none"],
+            phase=Phase.CONFIRM,
+            duration_s=2,
+            measurement=MEASUREMENT,
+        ),
     ),
 )
 
@@ -33,7 +48,7 @@ LOG = TrialLog(
 def test_a_log_is_found_again() -> None:
     """Text and back gives the same trials, also failed ones, bit by bit."""
     text = "".join(LOG.lines())
-    again = dataclasses.replace(LOG, trials=()).resume(text)
+    again = dataclasses.replace(LOG, screening=None, trials=()).resume(text)
     assert again == LOG
     assert again.lines() == LOG.lines()
 
@@ -41,10 +56,12 @@ def test_a_log_is_found_again() -> None:
 def test_a_kill_at_any_byte_loses_only_the_line_it_cuts() -> None:
     """A log cut anywhere gives exactly the trials whose lines are whole."""
     text = "".join(LOG.lines())
-    empty = dataclasses.replace(LOG, trials=())
+    empty = dataclasses.replace(LOG, screening=None, trials=())
     for cut in range(0, len(text) + 1, 7):
         whole = text[:cut].count("\n")
-        assert empty.resume(text[:cut]).trials == LOG.trials[: max(0, whole - 1)]
+        again = empty.resume(text[:cut])
+        assert again.trials == LOG.trials[: max(0, whole - 2)]
+        assert again.screening == (LOG.screening if whole > 1 else None)
 
 
 def test_trials_of_another_run_are_refused() -> None:
@@ -59,7 +76,7 @@ def test_trials_of_another_run_are_refused() -> None:
     [
         "not json\n",
         "[]\n",
-        '{"schema":"kvserve.io/trials/v2","basis":{}}\n',
+        '{"schema":"kvserve.io/trials/v1","basis":{}}\n',
         "".join(LOG.lines()[:1]) + '{"name":"x"}\n',
         "".join(LOG.lines()[:2]) + "x" * 100 + "\n",
         "[" * 100_000 + "\n",

@@ -18,6 +18,7 @@ from demo.forward import forward
 from demo.load import Answer, ask
 from kvserve_api.names import ARTIFACT_RUN, ENV_CALIBRATION_TOKENS, LABEL_ARTIFACT, RUN_TRIALS_KEY
 from kvserve_api.strategy import StrategyConfig
+from kvserve_profiler.trials import Phase
 from kvserve_strategies import config_needs_bundle
 from testcluster import ClusterSpec, hostpods, start
 from testcluster.cluster import Cluster, existing_cluster
@@ -201,12 +202,13 @@ class Job:
         return pareto
 
     def _trials(self, cluster: Cluster) -> list[dict[str, Any]]:
-        """Return all that was measured, also of profiles that others beat and that are not in the set."""
+        """Return all that was confirmed, also of profiles that others beat and that are not in the set."""
         selector = f"{LABEL_ARTIFACT}={ARTIFACT_RUN}"
         text = cluster.kubectl("get", "configmaps", "-n", NAMESPACE, "-l", selector, "-o", "json")
         (run,) = json.loads(text)["items"]
         lines = map(json.loads, run["data"][RUN_TRIALS_KEY].splitlines()[1:])
-        return [_trial(line) for line in lines if "measurement" in line]
+        confirmed = (line for line in lines if line.get("phase") == Phase.CONFIRM)
+        return [_trial(line) for line in confirmed if "measurement" in line]
 
     def _policy(self, cluster: Cluster) -> dict[str, Any]:
         text = cluster.kubectl("get", "kvp", POLICY, "-n", NAMESPACE, "-o", "json")
