@@ -1,4 +1,4 @@
-"""A run's output in a folder: the trial log, from which a killed run goes on, and the Pareto set."""
+"""A run's output in a folder: the trial log, from which a killed run goes on, the Pareto set and the report."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from kvserve_api.names import RUN_TRIALS_KEY
 from kvserve_api.profile_set import CONFIGMAP_KEY, ParetoSet
 from kvserve_profiler.trials import TrialLog
 
+REPORT: Final = "report.html"
 MAX_LOG_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -63,6 +64,12 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         self._written = len(lines)
+
+    def write_report(self, page: str) -> Path:
+        """Write the report in one step and return its path."""
+        path = self._folder / REPORT
+        _replace(path, page.encode())
+        return path
 
     def publish(self, result: ParetoSet) -> Path:
         """Write the Pareto set in one step and return its path.

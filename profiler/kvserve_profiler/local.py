@@ -17,6 +17,7 @@ from kvserve_profiler.engine import profile
 from kvserve_profiler.folder import RunFolder
 from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import require_feasible
+from kvserve_profiler.report import Section, render
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.tables import results
 from kvserve_profiler.task import BUNDLE_KEY, Task
@@ -87,6 +88,12 @@ def run_local(
     for table in results(result, log, task.texts):
         console.print(table)
     console.print(f"{path}  {result.digest}", soft_wrap=True, highlight=False)
+    sections = [
+        Section(name=name, text=text.digest, budget_bp=inputs.classes[name].max_loss_bp)
+        for name, text in task.texts.items()
+    ]
+    page = folder.write_report(render(result, log, sections))
+    console.print(str(page), soft_wrap=True, highlight=False)
     require_feasible(inputs, result)
 
 

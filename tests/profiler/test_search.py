@@ -163,4 +163,4 @@ def test_a_pool_is_checked(field: str, value: FloatArray) -> None:
     """What would mislead a search without a word is refused by name."""
     good = {"features": np.zeros((2, 1)), "ratio": np.ones(2), "codec_s": np.ones(2)}
     with pytest.raises(SpecError, match=field):
-        Pool(**(good | {field: value}))
+        Pool(**(good | {field: value}))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvserve_api.errors import SpecError
 from kvserve_profiler.settings import Settings
-from kvserve_profiler.windows import cut
+from kvserve_profiler.windows import cut, halves
 
 SETTINGS = Settings(prefix_tokens=16, continuation_tokens=8, max_windows=4)
 
@@ -50,3 +50,21 @@ def test_windows_fit_and_do_not_overlap(lengths: list[int], wanted: int) -> None
     for window in windows:
         whole = (*window.prefix, *window.continuation)
         assert whole == tuple(range(whole[0], whole[0] + 24))
+
+
+@pytest.mark.parametrize("tokens", [1024, 1500, 1791, 1792, 5000])
+def test_no_token_is_scored_in_a_search_and_after_it(tokens: int) -> None:
+    """Whatever a document's length, the scored tokens of its two parts differ."""
+    settings = Settings()
+    seen, held = halves(range(tokens), settings)
+    scored = [
+        {token for window in cut([part], settings) for token in window.continuation}
+        for part in (seen, held)
+    ]
+    assert all(scored)
+    assert not scored[0] & scored[1]
+
+
+def test_a_document_too_short_for_two_windows_is_all_seen() -> None:
+    """It has nothing to hold out."""
+    assert halves(range(1023), Settings()) == (range(1023), ())
