@@ -164,7 +164,9 @@ def test_what_no_level_can_say(bad: float) -> None:
     plan = a_plan(rng, ROWS, 20, 1.0)
     for at in range(2 * ROWS):
         apart = halves(rng, 40)
-        apart[at // ROWS][at % ROWS, 17 + at, 0, at] = narrow(np.array([bad], np.float32), np.uint16)[0]
+        apart[at // ROWS][at % ROWS, 17 + at, 0, at] = narrow(
+            np.array([bad], np.float32), np.uint16
+        )[0]
         assert linear.forward(apart, plan, *turns(40)) is None
         assert fused.encode(apart, plan, *turns(40), 2) is None
         one = Plan(groups=plan.groups[at % ROWS :][:1], dim=DIM)
