@@ -13,6 +13,7 @@ from kvserve_profiler.pool import Observation, Pool
 from kvserve_profiler.search import suggest, worth_more
 from kvserve_profiler.task import Task
 from kvserve_profiler.trials import Measurement, Phase, Trial, TrialLog
+from kvserve_strategies.peers import PEERS
 
 BATCH: Final = 2
 """Trials between two fits of the model: a fit costs a part of a trial."""
@@ -46,13 +47,14 @@ class Plan:
         """Return the plan of a screened log."""
         assert log.screening is not None
         found = [(c, cheap) for c in candidates if (cheap := log.screening.of(c.strategy))]
-        named = {c.strategy.digest for c in task.space}
+        # what other projects do is seldom on the front: a search may find it, and does not begin with it
+        starts = {c.strategy.digest for c in task.space if c.name not in PEERS}
         width = len(candidates[0].features) if candidates else 0
         pool = Pool(
             features=np.array([c.features for c, _ in found]).reshape(len(found), width),
             ratio=np.array([cheap.ratio for _, cheap in found]),
             codec_s=np.array([cheap.codec_s for _, cheap in found]),
-            starts=np.array([c.strategy.digest in named for c, _ in found]),
+            starts=np.array([c.strategy.digest in starts for c, _ in found], dtype=bool),
         )
         usable = tuple(c for c, _ in found)
         indices = {c.strategy.digest: index for index, c in enumerate(usable)}

@@ -16,7 +16,7 @@ from kvserve_profiler.acquisition import expected_improvement
 from kvserve_profiler.hypervolume import Reference, axes, loss_octaves
 from kvserve_profiler.pool import FloatArray, Observation, Pool, windows_of
 
-INITIAL: Final = 8
+INITIAL: Final = 6
 """Observations of the space-filling design, before a model says anything."""
 USELESS: Final = 8.0
 """A loss of so many budgets is as bad as any larger one."""

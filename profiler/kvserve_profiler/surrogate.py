@@ -5,6 +5,7 @@ family and its noise about equal everywhere. Loss rises with the ratio, so that 
 is how families differ from that line.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ import torch
 from botorch.exceptions import ModelFittingError
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
+from gpytorch.kernels import Kernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.utils.errors import NotPSDError
 
 from kvserve_profiler.hypervolume import loss_octaves
+from kvserve_profiler.kernel import mixed_kernel
 from kvserve_profiler.pool import FloatArray, Pool, windows_of
 
 LEAST_VARIANCE = 1e-4
@@ -105,11 +108,13 @@ class Surrogate:
         octaves = np.minimum(octaves, loss_octaves(most_bp))
         ratio = np.log2(pool.ratio)
         self._inputs = torch.from_numpy(_scaled(np.column_stack([pool.features, ratio])))
+        kernel = mixed_kernel(self._inputs.numpy())
         chosen = list(indices)
         self._trend = _line(ratio[chosen], octaves)(ratio)
         rest = octaves - self._trend[chosen]
         self._unit = max(float(rest.std()), 0.1)
         self._model = _fitted(
+            kernel,
             self._inputs[chosen],
             torch.from_numpy(rest / self._unit)[:, None],
             torch.from_numpy(variances / self._unit**2)[:, None],
@@ -141,26 +146,38 @@ class Surrogate:
             self._model = self._model.condition_on_observations(here, mean, noise=noise)
 
 
-def _fitted(inputs: torch.Tensor, targets: torch.Tensor, variances: torch.Tensor) -> SingleTaskGP:
+def _fitted(
+    kernel: Kernel, inputs: torch.Tensor, targets: torch.Tensor, variances: torch.Tensor
+) -> SingleTaskGP:
     """Return a process with the most likely hyperparameters, or with their prior's if there are none."""
+
+    def start() -> SingleTaskGP:
+        return SingleTaskGP(
+            inputs,
+            targets,
+            train_Yvar=variances,
+            covar_module=copy.deepcopy(kernel),
+            outcome_transform=None,
+        )
+
     with warnings.catch_warnings():
         # numerical warnings of the optimiser: the fit it ends with is judged by its likelihood alone
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = SingleTaskGP(inputs, targets, train_Yvar=variances, outcome_transform=None)
-        likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+        model = start()
         try:
-            fit_gpytorch_mll(likelihood, max_attempts=2)
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model), max_attempts=2)
         except (ModelFittingError, NotPSDError):
-            model = SingleTaskGP(inputs, targets, train_Yvar=variances, outcome_transform=None)
+            model = start()
         return model.eval()
 
 
 def _scaled(columns: FloatArray) -> FloatArray:
-    """Return columns scaled to 0..1, without those that are the same for all."""
+    """Return columns scaled to 0..1, without features that are the same for all; the last column stays."""
     least, span = columns.min(axis=0), np.ptp(columns, axis=0)
     kept = span > 0
-    scaled: FloatArray = (columns[:, kept] - least[kept]) / span[kept]
+    kept[-1] = True
+    scaled: FloatArray = ((columns - least) / np.where(span > 0, span, 1.0))[:, kept]
     return scaled
 
 

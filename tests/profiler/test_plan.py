@@ -54,8 +54,8 @@ def screened(task: Task, candidates: tuple[Candidate, ...]) -> TrialLog:
 
 
 def tried(task: Task, log: TrialLog, candidate: Candidate) -> Trial:
-    """Return a trial that loses about as the ratio says; one of eight fails."""
-    if candidate.name not in ("none", "lossless") and chance(candidate, "fails") < 1 / 8:
+    """Return a trial that loses about as the ratio says; one of three fails."""
+    if candidate.name not in ("none", "lossless") and chance(candidate, "fails") < 1 / 3:
         return Trial(
             name=candidate.name, strategy=candidate.strategy, duration_s=1, error="it gave NaN"
         )
