@@ -18,6 +18,8 @@ HOPE: Final = 1.0
 """An explored candidate is judged by costs this many standard deviations better than believed."""
 LEAST_GAIN: Final = 0.5
 """What it could gain then must be half of what it is believed to lose, or its chance is below one in four."""
+QUIET: Final = 0.5
+"""Nothing is tried out where waiting, the transfer's own and that of those behind it, is more than this share of it."""
 
 
 class Bound(StrEnum):
@@ -122,6 +124,7 @@ def select(
     decode_wait_s = link.decode_backlog_s
     rtt_s = link.rtt_s
     encode_factor = link.encode_factor
+    waiting_s = rtt_s + max(encode_wait_s, wire_wait_s, decode_wait_s)
     more = chunks - 1
     deadline_s = rule.deadline_s
     limit_s = deadline_s
@@ -200,7 +203,8 @@ def select(
         own_level == best_level
         and best_name != incumbent
         and rule.goal is Goal.MINIMIZE_LATENCY
-        and own_merit <= best_merit * (1 + table.hysteresis)
+        # a share of the work, not of the waiting, which is the same for all
+        and own_merit - best_merit <= table.hysteresis * (best_merit - waiting_s)
     ):
         assert incumbent is not None
         best_name, best_s = incumbent, own_s
@@ -237,6 +241,8 @@ def _explore(
     believed = _merit(table.candidates[best], rule, native_bytes, link, chunks, hope=0.0)
     usual = _predict(table.candidates[best], native_bytes, link, chunks)
     timed = rule.goal is Goal.MINIMIZE_LATENCY
+    if usual.wait_s + usual.others_s > QUIET * usual.total_s:
+        return None
     for row in rows:
         if row.name == best:
             continue
