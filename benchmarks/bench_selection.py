@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 
-from kvserve_api.latency import Link, StageCost
+from kvserve_api.latency import Link, Load, StageCost
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.table import (
     MAX_CANDIDATES,
     Candidate,
     ClassRule,
     DecisionTable,
+    Doubt,
     OnControllerLoss,
     Version,
 )
@@ -36,7 +37,16 @@ def main() -> None:
     selector = Selector()
     selector.install(ReadyTable.of(_full_table()))
     stages, bundles = known_stages(), frozenset({"sha256:" + "0" * 64})
-    link = Link(bytes_per_s=6.25e6, backlog_bytes=1e6, rtt_s=1e-4)
+    load = Load(arrivals_per_s=0.5, native_bytes_per_s=1e7)
+    link = Link(
+        bytes_per_s=6.25e6,
+        backlog_bytes=1e6,
+        rtt_s=1e-4,
+        encode_backlog_s=0.01,
+        decode_backlog_s=0.01,
+        load=load,
+        encoder_load=load,
+    )
     # processor time beside wall time: the second counts every other process of a busy machine too
     wall_ns, cpu_ns = np.empty(ROUNDS, np.int64), np.empty(ROUNDS, np.int64)
     gc.disable()
@@ -49,6 +59,7 @@ def main() -> None:
             chunks=6,
             stages=stages,
             bundles=bundles,
+            peer="10.0.0.1",
         )
         cpu_ns[index] = time.thread_time_ns() - start_cpu_ns
         wall_ns[index] = time.perf_counter_ns() - start_ns
@@ -73,6 +84,7 @@ def _full_table() -> DecisionTable:
             loss_upper_bp=10.0 * index,
             encode=StageCost(floor_s=1e-4, offset_s=1e-4, bytes_per_s=2e9 / (1 + index)),
             decode=StageCost(floor_s=1e-4, offset_s=1e-4, bytes_per_s=3e9 / (1 + index)),
+            doubt=Doubt(encode=0.1, decode=0.1, wire=0.02),
         )
         for index, name in enumerate(names)
     }
@@ -83,7 +95,11 @@ def _full_table() -> DecisionTable:
         candidates=candidates,
         rules={
             "default": ClassRule(
-                goal=Goal.MAXIMIZE_QUALITY, candidates=tuple(candidates), deadline_s=0.5
+                goal=Goal.MINIMIZE_LATENCY,
+                candidates=tuple(candidates),
+                deadline_s=0.5,
+                margins=dict.fromkeys(candidates, 1.2),
+                explore_share=0.01,
             )
         },
         pinned=None,
@@ -91,6 +107,7 @@ def _full_table() -> DecisionTable:
         ttl_s=30.0,
         on_controller_loss=OnControllerLoss.HOLD_LAST_GOOD,
         prior_bytes_per_s=125e6,
+        hysteresis=0.03,
     )
 
 

@@ -7,15 +7,13 @@ needs of these is passed in.
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeAlias
 
-from kvserve_api.latency import MOST_UTILISATION, Link, Prediction, StageCost, predict
+from kvserve_api.latency import MOST_UTILISATION, Link
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE
-from kvserve_api.table import Candidate, ClassRule, DecisionTable, Row
+from kvserve_api.table import DecisionTable, Row
 
-HOPE: Final = 1.0
-"""An explored candidate is judged by costs this many standard deviations better than believed."""
 LEAST_GAIN: Final = 0.5
 """What it could gain then must be half of what it is believed to lose, or its chance is below one in four."""
 QUIET: Final = 0.5
@@ -67,6 +65,8 @@ TIGHT: Final = 1
 """In time, but by so little that it does not take the place of a profile in use."""
 LATE: Final = 2
 UNSTABLE: Final = 3
+_Weighed: TypeAlias = tuple[str, float, float, float, float, float, tuple[float, float, float]]
+"""A candidate's name, time, merit, times of encoding, wire and decoding, and hopes."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
 
 
@@ -135,10 +135,24 @@ def select(
     coder_load = link.encoder_load.native_bytes_per_s / native_bytes
     loaded = link_rate > 0 or coder_rate > 0
 
+    exploring = allowance_s > 0 and rule.explore_share > 0 and table.mode is Mode.ACTIVE
+    weighed: list[_Weighed] = []
     best_name, best_s, best_merit, best_level = "", math.inf, math.inf, UNSTABLE + 1
     own_s = own_merit = 0.0
     own_level = -1
-    for name, ratio, floor_e, offset_e, speed_e, floor_d, offset_d, speed_d, margin, fixed in rows:
+    for (
+        name,
+        ratio,
+        floor_e,
+        offset_e,
+        speed_e,
+        floor_d,
+        offset_d,
+        speed_d,
+        margin,
+        fixed,
+        hopes,
+    ) in rows:
         encode_s = offset_e + native_bytes / speed_e
         if encode_s < floor_e:
             encode_s = floor_e
@@ -197,6 +211,8 @@ def select(
             best_name, best_s, best_merit, best_level = name, seconds, merit, level
         if name == incumbent:
             own_s, own_merit, own_level = seconds, merit, level
+        if exploring and level < LATE:
+            weighed.append((name, seconds, merit, encode_s, wire_s, decode_s, hopes))
 
     bound = _BOUNDS[best_level]
     if (
@@ -207,29 +223,26 @@ def select(
         and own_merit - best_merit <= table.hysteresis * (best_merit - waiting_s)
     ):
         assert incumbent is not None
-        best_name, best_s = incumbent, own_s
+        best_name, best_s, best_merit = incumbent, own_s, own_merit
         # that a constraint is not kept is more to say than that nothing changed
         bound = Bound.KEPT if best_level < LATE else bound
     if table.mode == Mode.SHADOW:
         return Selection(profile=NONE, wanted=best_name, bound=bound, predicted_s=best_s)
-    if allowance_s > 0 and rule.explore_share > 0 and best_level == FITS:
-        tried = _explore(
-            table, rule, rows, best_name, native_bytes, link, chunks, allowance_s=allowance_s
-        )
+    others_s = best_merit - best_s if rule.goal is Goal.MINIMIZE_LATENCY else 0.0
+    if exploring and best_level == FITS and waiting_s + others_s <= QUIET * best_s:
+        tried = _explore(weighed, rule.goal, best_name, best_s, best_merit, chunks, allowance_s)
         if tried is not None:
             return tried
     return Selection(profile=best_name, wanted=best_name, bound=bound, predicted_s=best_s)
 
 
 def _explore(
-    table: DecisionTable,
-    rule: ClassRule,
-    rows: tuple[Row, ...],
+    weighed: list[_Weighed],
+    goal: Goal,
     best: str,
-    native_bytes: int,
-    link: Link,
+    best_s: float,
+    best_merit: float,
     chunks: int,
-    *,
     allowance_s: float,
 ) -> Selection | None:
     """Return the candidate that could be best, in place of the one believed to be; None if there is none to afford.
@@ -237,79 +250,35 @@ def _explore(
     Optimism in the face of uncertainty (upper confidence bounds, Auer et al. 2002) among the candidates that keep
     every constraint as believed, so that no deadline is staked on hope.
     """
-    chosen: tuple[float, Selection] | None = None
-    believed = _merit(table.candidates[best], rule, native_bytes, link, chunks, hope=0.0)
-    usual = _predict(table.candidates[best], native_bytes, link, chunks)
-    timed = rule.goal is Goal.MINIMIZE_LATENCY
-    if usual.wait_s + usual.others_s > QUIET * usual.total_s:
-        return None
-    for row in rows:
-        if row.name == best:
+    chosen: Selection | None = None
+    least = best_merit
+    for name, seconds, merit, encode_s, wire_s, decode_s, (left_e, left_w, left_d) in weighed:
+        if name == best:
             continue
-        candidate = table.candidates[row.name]
-        expected = _predict(candidate, native_bytes, link, chunks)
-        fits = expected.total_s * row.margin <= rule.deadline_s
-        extra_s = expected.total_s + expected.others_s - usual.total_s - usual.others_s
-        if not fits or expected.utilisation > MOST_UTILISATION or extra_s > allowance_s:
+        if goal is Goal.MINIMIZE_LATENCY:
+            extra_s = merit - best_merit
+            saved = (encode_s * (1 - left_e), wire_s * (1 - left_w), decode_s * (1 - left_d))
+            # what the slowest stage saves is saved in full, of the others one chunk
+            slowest = max(zip((encode_s, wire_s, decode_s), saved, strict=True))[1]
+            saved_s = slowest + (sum(saved) - slowest) / chunks
+            hoped = merit - saved_s
+            if saved_s - extra_s < LEAST_GAIN * extra_s:
+                continue
+        elif goal is Goal.MINIMIZE_BYTES:
+            extra_s = seconds - best_s
+            hoped = merit / left_w
+        else:
             continue
-        hoped = _merit(candidate, rule, native_bytes, link, chunks, hope=HOPE)
-        worth = believed - hoped >= LEAST_GAIN * extra_s if timed else hoped < believed
-        if hoped < believed and worth and (chosen is None or hoped < chosen[0]):
-            tried = Selection(
-                profile=row.name,
-                wanted=row.name,
+        if hoped < least and extra_s <= allowance_s:
+            least = hoped
+            chosen = Selection(
+                profile=name,
+                wanted=name,
                 bound=Bound.EXPLORED,
-                predicted_s=expected.total_s,
+                predicted_s=seconds,
                 extra_s=max(0.0, extra_s),
             )
-            chosen = hoped, tried
-    return None if chosen is None else chosen[1]
-
-
-def _predict(candidate: Candidate, native_bytes: int, link: Link, chunks: int) -> Prediction:
-    return predict(
-        native_bytes=native_bytes,
-        ratio=candidate.ratio,
-        encode=candidate.encode,
-        decode=candidate.decode,
-        link=link,
-        chunks=chunks,
-    )
-
-
-def _merit(
-    candidate: Candidate,
-    rule: ClassRule,
-    native_bytes: int,
-    link: Link,
-    chunks: int,
-    *,
-    hope: float,
-) -> float:
-    """Return what the goal minimises, with costs so many standard deviations better than believed."""
-    doubt = candidate.doubt
-    ratio = candidate.ratio * math.exp(hope * doubt.wire)
-    if rule.goal is Goal.MAXIMIZE_QUALITY:
-        return candidate.loss_upper_bp
-    if rule.goal is Goal.MINIMIZE_BYTES:
-        return -ratio
-    hoped = predict(
-        native_bytes=native_bytes,
-        ratio=ratio,
-        encode=_scaled(candidate.encode, math.exp(-hope * doubt.encode)),
-        decode=_scaled(candidate.decode, math.exp(-hope * doubt.decode)),
-        link=link,
-        chunks=chunks,
-    )
-    return hoped.total_s + hoped.others_s
-
-
-def _scaled(cost: StageCost, factor: float) -> StageCost:
-    return StageCost(
-        floor_s=cost.floor_s * factor,
-        offset_s=cost.offset_s * factor,
-        bytes_per_s=cost.bytes_per_s / factor,
-    )
+    return chosen
 
 
 def _known(table: DecisionTable, row: Row, decodable: frozenset[str]) -> bool:

@@ -15,6 +15,8 @@ from kvserve_api.strategy import StrategyConfig
 
 MAX_CANDIDATES: Final = 8
 """Most profiles that one workload class may choose from: the selection runs in microseconds."""
+HOPE: Final = 1.0
+"""A candidate is tried out for what it would be so many standard deviations better than believed."""
 MAX_DOUBT: Final = 5.0
 """Largest standard deviation of a logarithm: more than a factor of 100 either way is no knowledge."""
 
@@ -149,6 +151,8 @@ class Row(NamedTuple):
 
     Attributes:
         merit: What the goal minimises if that is no time; None if it is.
+        hopes: What is left of the time to encode, of the wire bytes and of the time to decode, were each better than
+            believed by `HOPE` standard deviations.
     """
 
     name: str
@@ -161,6 +165,7 @@ class Row(NamedTuple):
     decode_bytes_per_s: float
     margin: float
     merit: float | None
+    hopes: tuple[float, float, float]
 
     @classmethod
     def of(cls, candidate: Candidate, rule: ClassRule) -> "Row":
@@ -170,7 +175,7 @@ class Row(NamedTuple):
             Goal.MAXIMIZE_QUALITY: candidate.loss_upper_bp,
             Goal.MINIMIZE_BYTES: -candidate.ratio,
         }
-        encode, decode = candidate.encode, candidate.decode
+        encode, decode, doubt = candidate.encode, candidate.decode, candidate.doubt
         return cls(
             name=candidate.name,
             ratio=candidate.ratio,
@@ -182,6 +187,11 @@ class Row(NamedTuple):
             decode_bytes_per_s=decode.bytes_per_s,
             margin=rule.margins.get(candidate.name, 1.0),
             merit=merits[rule.goal],
+            hopes=(
+                math.exp(-HOPE * doubt.encode),
+                math.exp(-HOPE * doubt.wire),
+                math.exp(-HOPE * doubt.decode),
+            ),
         )
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from kvserve_api.decision import Decision
 from kvserve_api.errors import StrategyError
@@ -42,8 +42,7 @@ def carries_all(pipeline: Pipeline) -> bool:
     return True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What one transfer uses.
 
     Attributes:
