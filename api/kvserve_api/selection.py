@@ -137,6 +137,7 @@ def select(
 
     exploring = allowance_s > 0 and rule.explore_share > 0 and table.mode is Mode.ACTIVE
     weighed: list[_Weighed] = []
+    prunes = not exploring and rule.goal is Goal.MINIMIZE_LATENCY
     best_name, best_s, best_merit, best_level = "", math.inf, math.inf, UNSTABLE + 1
     own_s = own_merit = 0.0
     own_level = -1
@@ -173,6 +174,9 @@ def select(
             if last_s > seconds:
                 seconds = last_s
         seconds = rtt_s + seconds
+        # its merit can only be worse than its time, and no level is better
+        if seconds >= best_merit and prunes and best_level == FITS and name != incumbent:
+            continue
 
         level = FITS
         merit = seconds
