@@ -169,26 +169,27 @@ class Fleet:
 
     Attributes:
         settings: What they have in common.
+        pods: They.
         closed: They are to end.
     """
 
     def __init__(self, settings: Settings, names: list[tuple[str, str]]) -> None:
         self.settings = settings
         self.closed = False
-        self._pods = [Pod(self, name, role) for name, role in names]
+        self.pods = [Pod(self, name, role) for name, role in names]
         self._acked: dict[Version, dict[Pod, float]] = {}
 
     def acknowledged(self, pod: Pod, version: Version) -> None:
         """Take note of an answer; when all pods have given it, say so."""
         answers = self._acked.setdefault(version, {})
         answers[pod] = time.time()
-        expected = sum(not pod.stuck for pod in self._pods)
+        expected = sum(not pod.stuck for pod in self.pods)
         if len(answers) == expected:
             _say(
                 event="all",
                 version=version,
                 last_s=max(answers.values()),
-                lowered=sum(pod.lowered for pod in self._pods),
+                lowered=sum(pod.lowered for pod in self.pods),
             )
 
     def lost(self, pod: Pod) -> None:
@@ -198,17 +199,17 @@ class Fleet:
 
     async def run(self) -> None:
         """Serve commands until told to quit."""
-        tasks = [asyncio.create_task(pod.run()) for pod in self._pods]
+        tasks = [asyncio.create_task(pod.run()) for pod in self.pods]
         reader = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while (command := (await reader.readline()).decode().strip()) not in ("quit", ""):
             match command:
                 case "drop":
-                    for pod in self._pods:
+                    for pod in self.pods:
                         pod.drop()
                 case "stick":
-                    next(pod for pod in self._pods if pod.decodes).stuck = True
+                    next(pod for pod in self.pods if pod.decodes).stuck = True
         self.closed = True
         for task in tasks:
             task.cancel()
