@@ -199,7 +199,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         title="mean seconds of a transfer (marked * beyond the quality budget), and times KVServe's",
     )
     drawn.add_column("scenario", no_wrap=True)
-    columns = ("raw", "default", "best fixed", "legacy", "legacy in budget", "dynamic")
+    columns = ("raw", "default", "best fixed", "legacy", "in budget", "dynamic")
     ours = ("KVServe", "oracle", "regret", "no bandit", "no resid.", "no backlog")
     for heading in (*columns, *ours):
         drawn.add_column(heading, justify="right", no_wrap=True)
@@ -295,7 +295,7 @@ def main() -> int:
     if options.json:
         print(json.dumps({"scenarios": document["scenarios"]}))
     else:
-        console = Console(width=150)
+        console = Console(width=190)
         console.print(table(document["scenarios"]))
         console.print(claim_table(document["claims"]))
     return 0 if all(claim["holds"] for claim in document["claims"]) else 1

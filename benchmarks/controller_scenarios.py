@@ -136,8 +136,8 @@ def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
     yield _trace("azure-code", seed, traces.arrivals["azure_code"][:count], SMOLLM2, 80 * MB)
     every = 1 if not traces.complete else 8
     yield _mooncake(seed, traces.arrivals["mooncake"][::every][: count // 2], every)
-    yield _raw_best("raw-best-gpu", seed, count // 3, profiles.gpu(), 800 * GBIT, 4096 * LLAMA_8B)
-    yield _raw_best("raw-best-cpu", seed, count // 3, profiles.cpu(), 40 * GBIT, 2000 * SMOLLM2)
+    yield _raw_best("raw-best-gpu", seed, 4 * count, profiles.gpu(), 800 * GBIT, 4096 * LLAMA_8B)
+    yield _raw_best("raw-best-cpu", seed, 4 * count, profiles.cpu(), 40 * GBIT, 2000 * SMOLLM2)
     yield _throttled(seed, count)
     yield _bursts(seed, count)
     yield _steps(seed, count)
@@ -300,7 +300,7 @@ def _misjudged(seed: int, count: int) -> Scenario:
 
 def _small(seed: int, count: int) -> Scenario:
     """Many small requests of one chunk on a link that raw transfers fill: alone, each would be fastest raw."""
-    rate = 500 * MB
+    rate = 700 * MB
     arrivals = _poisson(f"small/{seed}", count, 0.85 * rate / (4 * MB), 4 * MB, 0.4)
     course = [(0.0, rate)]
     return _make("small", seed, profiles.cpu(), arrivals, course, budget_bp=100, stalls=False)

@@ -1,6 +1,7 @@
 """The running controller: sources, streams, HTTP, and the loop that ties them together."""
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -132,6 +133,8 @@ async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -
         _http(options.health, application(health, controller.statuses, controller.decisions))
     )
     await stack.enter_async_context(grpc_server(options.listen, controller))
+    # what was imported never becomes garbage: without it a collection does not hold up a thousand streams
+    gc.freeze()
     health.listening = True
     tasks = [
         asyncio.create_task(source.run(_both(controller, writer))),
