@@ -12,7 +12,7 @@ export PYTHONPATH := tools/testcluster:tools/demo
 .PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push demo cluster-up cluster-down lock proto crds clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: native ## Make the environment (3.3 GB download, about a minute)
 

@@ -85,7 +85,7 @@ def _bars(axes: Axes, document: Mapping[str, Any]) -> None:
     axes.set_xlim(0.8, MOST + 0.25)
     axes.set_xlabel("mean time of a transfer over the oracle's")
     axes.set_title(f"All scenarios, mean of {document['seeds']} truths; less is better")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=4, fontsize=9)
 
 
 def _over_oracle(row: Mapping[str, Any], name: str) -> float:
