@@ -184,9 +184,24 @@ class Model:
         Returns:
             ``[len(tokens), vocabulary]`` float32, natural logarithms.
         """
-        cache = self._cache(past)
-        output = self._model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
-        return torch.log_softmax(output.logits[0].float(), dim=-1)
+        return self.log_probabilities_of([tokens], [past])[0]
+
+    @torch.inference_mode()
+    def log_probabilities_of(
+        self, windows: Sequence[Sequence[int]], pasts: Sequence[KV]
+    ) -> torch.Tensor:
+        """Return what `log_probabilities` does for several texts at once, which takes less time.
+
+        Args:
+            windows: The tokens to read of each text, of one length.
+            pasts: The KV cache of each, of one length.
+
+        Returns:
+            ``[windows, tokens, vocabulary]`` float32, natural logarithms.
+        """
+        tokens = torch.tensor([list(window) for window in windows])
+        output = self._model(tokens, past_key_values=self._cache(pasts), use_cache=True)
+        return torch.log_softmax(output.logits.float(), dim=-1)
 
     @torch.inference_mode()
     def generate(
@@ -210,7 +225,7 @@ class Model:
         output = self._model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            past_key_values=self._cache(past),
+            past_key_values=self._cache([past]),
             max_new_tokens=max_tokens,
             do_sample=False,
             stopping_criteria=transformers.StoppingCriteriaList([ended]),
@@ -221,10 +236,12 @@ class Model:
     def _written(self, output: torch.Tensor, start: int) -> str:
         return str(self._tokenizer.decode(output[0, start:], skip_special_tokens=True))
 
-    def _cache(self, past: KV) -> transformers.DynamicCache:
+    def _cache(self, pasts: Sequence[KV]) -> transformers.DynamicCache:
         cache = transformers.DynamicCache()
+        keys = torch.stack([_engine(past.keys) for past in pasts], dim=1)
+        values = torch.stack([_engine(past.values) for past in pasts], dim=1)
         for index in range(self.layout.layers):
-            cache.update(_engine(past.keys[index]), _engine(past.values[index]), index)
+            cache.update(keys[index], values[index], index)
         return cache
 
     def _probe(self) -> KVLayout:
@@ -243,7 +260,8 @@ def _canonical(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _engine(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(0, 1)[None].to(COMPUTE_DTYPE)
+    """Return ``[layers, kv_heads, tokens, head_dim]`` of the canonical form."""
+    return tensor.transpose(1, 2).to(COMPUTE_DTYPE)
 
 
 def _native_dtype(config: Any) -> torch.dtype:
