@@ -30,6 +30,7 @@ COLUMNS: Final = {
     "ratio": "native bytes over bytes of the blobs, headers and checksums included, all windows together",
     "encode_s": "processor seconds of one thread to encode one window's cache, the least of all windows",
     "decode_s": "the same for decoding",
+    "evaluation_s": "processor seconds of one thread for the whole evaluation, on all windows",
     "kl": "mean divergence from the exact predictions, in nats a token, of each stretch of each window: stretches of a "
     "window separated by spaces, windows by semicolons, in the order of 'windows'",
 }
@@ -46,6 +47,7 @@ class Row:
         ratio: See `COLUMNS`.
         encode_s: See `COLUMNS`.
         decode_s: See `COLUMNS`.
+        evaluation_s: See `COLUMNS`.
         kl: For each window the divergence of each stretch.
     """
 
@@ -54,6 +56,7 @@ class Row:
     ratio: float
     encode_s: float
     decode_s: float
+    evaluation_s: float
     kl: tuple[tuple[float, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class Row:
             "ratio": self.ratio,
             "encode_s": self.encode_s,
             "decode_s": self.decode_s,
+            "evaluation_s": self.evaluation_s,
             "kl": self.kl,
         }
 
@@ -76,19 +80,21 @@ class Row:
     def cells(self) -> list[str]:
         """Return the row as cells of the table."""
         windows = (" ".join(_NUMBER.format(x) for x in window) for window in self.kl)
-        numbers = (_NUMBER.format(x) for x in (self.ratio, self.encode_s, self.decode_s))
-        return [self.name, self.digest, *numbers, ";".join(windows)]
+        numbers = (self.ratio, self.encode_s, self.decode_s, self.evaluation_s)
+        return [self.name, self.digest, *map(_NUMBER.format, numbers), ";".join(windows)]
 
     @classmethod
     def of_cells(cls, cells: Sequence[str]) -> Self:
         """Undo `cells`."""
-        name, digest, ratio, encode_s, decode_s, kl = cells
+        name, digest, *numbers, kl = cells
+        ratio, encode_s, decode_s, evaluation_s = map(float, numbers)
         return cls(
             name=name,
             digest=digest,
-            ratio=float(ratio),
-            encode_s=float(encode_s),
-            decode_s=float(decode_s),
+            ratio=ratio,
+            encode_s=encode_s,
+            decode_s=decode_s,
+            evaluation_s=evaluation_s,
             kl=tuple(tuple(map(float, window.split())) for window in kl.split(";")),
         )
 
@@ -104,6 +110,7 @@ class Table:
         ratio: ``[points]``.
         encode_s: ``[points]``, seconds for one window's cache.
         decode_s: ``[points]``.
+        evaluation_s: ``[points]``, processor seconds of an evaluation on all windows.
         kl: ``[points, windows, stretches]``, nats a token.
         kinds: For each window the kind of its text.
         provenance: What it was measured with.
@@ -115,6 +122,7 @@ class Table:
     ratio: NDArray[np.float64]
     encode_s: NDArray[np.float64]
     decode_s: NDArray[np.float64]
+    evaluation_s: NDArray[np.float64]
     kl: NDArray[np.float64]
     kinds: tuple[str, ...]
     provenance: Mapping[str, Any]
@@ -143,6 +151,7 @@ class Table:
             ratio=np.array([row.ratio for row in chosen]),
             encode_s=np.array([row.encode_s for row in chosen]),
             decode_s=np.array([row.decode_s for row in chosen]),
+            evaluation_s=np.array([row.evaluation_s for row in chosen]),
             kl=np.array([row.kl for row in chosen]),
             kinds=tuple(window["kind"] for window in provenance["windows"]),
             provenance=provenance,

@@ -42,7 +42,7 @@ from profiler_table import Row, Table, short, space_to_document
 ROOT: Final = Path(__file__).parents[1]
 TABLE: Final = ROOT / "benchmarks" / "data" / "profiler-truth.csv"
 SETTINGS: Final = Settings(
-    prefix_tokens=512, continuation_tokens=32, max_windows=3, block_tokens=16
+    prefix_tokens=384, continuation_tokens=32, max_windows=2, block_tokens=16
 )
 """Windows are of each kind of text."""
 MAX_CHARS: Final = 400_000
@@ -152,6 +152,7 @@ class Truth:
             layout=self._model.layout,
             bundle=self._bundle if config_needs_bundle(strategy) else None,
         )
+        begin_s = time.thread_time()
         native = wire = 0
         encode_s, decode_s, decoded = [], [], []
         for cache in self._caches:
@@ -163,13 +164,15 @@ class Truth:
             encode_s.append(middle_s - start_s)
             native += self._model.layout.native_bytes(cache.tokens)
             wire += len(blob)
+        losses = self._losses(decoded, lossless=codec.lossless)
         return Row(
             name=space.name_of(point),
             digest=short(strategy.digest),
             ratio=native / wire,
             encode_s=min(encode_s),
             decode_s=min(decode_s),
-            kl=self._losses(decoded, lossless=codec.lossless),
+            evaluation_s=time.thread_time() - begin_s,
+            kl=losses,
         )
 
     def _losses(self, decoded: list[KV], *, lossless: bool) -> tuple[tuple[float, ...], ...]:
