@@ -9,7 +9,7 @@ WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(WORKERS) --dist loadfile
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push demo cluster-up cluster-down lock proto crds clean
+.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push demo cluster-up cluster-down lock proto crds clean bench-profiler
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-controller: $(STAMP) ## Replay transfers under the controller, fixed profi
 
 bench-push: $(STAMP) ## Push tables to a thousand pods' streams: latency, memory, reconnects (two minutes; QUICK=1: one)
 	$(PY) benchmarks/bench_push.py
+
+bench-profiler: $(STAMP) ## Compare the profiling engine with other searches on the measured truth (says how long; QUICK=1: two minutes)
+	$(PY) benchmarks/profiler_search.py
 
 demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
 	$(PY) -m demo

@@ -9,6 +9,7 @@ For each strategy the caches of all windows go through real blobs; one batched r
 """
 
 import argparse
+import contextlib
 import gzip
 import importlib.metadata
 import json
@@ -41,9 +42,7 @@ from profiler_table import Row, Table, short, space_to_document
 
 ROOT: Final = Path(__file__).parents[1]
 TABLE: Final = ROOT / "benchmarks" / "data" / "profiler-truth.csv"
-SETTINGS: Final = Settings(
-    prefix_tokens=384, continuation_tokens=32, max_windows=2, block_tokens=16
-)
+SETTINGS: Final = Settings(prefix_tokens=256, continuation_tokens=16, max_windows=2, block_tokens=8)
 """Windows are of each kind of text."""
 MAX_CHARS: Final = 400_000
 SEED: Final = 0
@@ -58,6 +57,8 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="calibration bundle")
     parser.add_argument("--model", type=Path, help="model folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "bench" / "truth.jsonl")
+    parser.add_argument("--shard", default="0/1", help="which part of the work, as 0/2 and 1/2")
+    parser.add_argument("--backwards", action="store_true", help="begin at the end of the part")
     parser.add_argument("--out", type=Path, default=TABLE)
     arguments = parser.parse_args()
     try:
@@ -91,14 +92,25 @@ def measure(arguments: argparse.Namespace) -> None:
         "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
     }
     log = _Log(arguments.log, provenance)
-    points = [point for point in space.points() if space.name_of(point) not in log.rows]
+    points = list(space.points())
     random.Random(SEED).shuffle(points)
+    shard, _, shards = arguments.shard.partition("/")
+    points = [p for p in points[int(shard) :: int(shards)] if space.name_of(p) not in log.rows]
+    if arguments.backwards:
+        points.reverse()
     start_s = time.perf_counter()
     for done, point in enumerate(points):
         if done in (10, 100) or (done and done % 250 == 0):
             left_s = (time.perf_counter() - start_s) / done * (len(points) - done)
             print(f"{done}/{len(points)}: {left_s / 60:.0f} min to go", flush=True)
-        log.add(truth.row(space, point))
+        log.read()
+        if space.name_of(point) not in log.rows:
+            log.add(truth.row(space, point))
+    log.read()
+    missing = len(space.points()) - len(log.rows)
+    if missing:
+        print(f"{arguments.log}: {missing} strategies are left to other shards")
+        return
     provenance["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     table = Table.of(space, log.rows.values(), provenance)
     table.write(log.rows.values(), arguments.out)
@@ -193,29 +205,35 @@ class Truth:
 
 
 class _Log:
-    """What was measured so far: a line of provenance, then a line for each strategy."""
+    """What was measured so far: a line of provenance, then a line for each strategy; several shards may write it."""
 
     def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
-        basis = json.dumps(provenance, sort_keys=True)
-        self.rows: dict[str, Row] = {}
         self._path = path
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        if lines and lines[0] != basis:
+        self._basis = json.dumps(provenance, sort_keys=True)
+        self.rows: dict[str, Row] = {}
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._basis + "\n")
+        self.read()
+
+    def read(self) -> None:
+        """Read what is there."""
+        basis, *lines = self._path.read_text().split("\n")
+        if basis != self._basis:
             raise ArtifactError(
-                "--log", f"{path} is of another measurement: remove it to begin anew"
+                "--log", f"{self._path} is of another measurement: remove it to begin anew"
             )
-        for line in lines[1:]:
-            row = Row.from_json(json.loads(line))
-            self.rows[row.name] = row
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a line cut short by a kill goes away
-        path.write_text("".join(line + "\n" for line in [basis, *lines[1:]]))
+        for line in lines:
+            # a line cut short by a kill is no JSON; its strategy is measured again
+            with contextlib.suppress(ValueError):
+                row = Row.from_json(json.loads(line))
+                self.rows[row.name] = row
 
     def add(self, row: Row) -> None:
         """Keep a row, whatever happens next."""
         self.rows[row.name] = row
         with self._path.open("a") as file:
-            file.write(json.dumps(row.to_json()) + "\n")
+            file.write("\n" + json.dumps(row.to_json()))
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, tuple[Sequence[str], str]]]:
