@@ -1,5 +1,6 @@
 """How much of the exhaustive front searches find, by the evaluations they take."""
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,6 +50,30 @@ class Scoring:
                 shares[text, count] = share
         mean: Real = shares.mean(axis=0)
         return mean
+
+    def all_knowing(self, target: float) -> int:
+        """Return how many points a greedy choice needs for a share, knowing all losses: about the least possible.
+
+        Gains only shrink as points are added, so most need not be computed anew (Minoux, Accelerated greedy algorithms
+        for maximizing submodular set functions, 1978).
+        """
+        chosen: list[int] = []
+        share = 0.0
+        queue = [(-self._share([index]), index, 0) for index in range(len(self._axes[0]))]
+        heapq.heapify(queue)
+        while share < target:
+            gain, index, when = heapq.heappop(queue)
+            if when == len(chosen):
+                chosen.append(index)
+                share -= gain
+            else:
+                new = self._share([*chosen, index]) - share
+                heapq.heappush(queue, (-new, index, len(chosen)))
+        return len(chosen)
+
+    def _share(self, indices: list[int]) -> float:
+        pairs = zip(self._axes, self.exhaustive, strict=True)
+        return float(np.mean([hypervolume(points[indices]) / volume for points, volume in pairs]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,6 +94,8 @@ def test_curve_of_known_volumes() -> None:
     scoring = Scoring(pool, losses, budget_bp=15.0)
     # boxes of 1 x 3 x 2 and 2 x 2 x 1 share one of 1 x 2 x 1
     assert scoring.exhaustive == pytest.approx([8.0], rel=1e-6)
+    assert scoring.all_knowing(0.7) == 1
+    assert scoring.all_knowing(0.98) == 2
     assert scoring.curve([3, 2, 0, 1]) == pytest.approx([0, 2 / 8, 6 / 8, 1], abs=1e-6)
 
 
