@@ -14,6 +14,8 @@ import optuna
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
+from kvserve_profiler.candidates import ALWAYS
+from kvserve_profiler.plan import BATCH
 from kvserve_profiler.pool import Observation, Pool
 from kvserve_profiler.search import suggest
 from kvserve_profiler.space import FAMILY, Point, Space
@@ -124,18 +126,24 @@ def nsga2(problem: Problem, seed: int) -> Search:
 
 
 def kvserve(problem: Problem, seed: int) -> Search:
-    """Measure what KVServe's engine suggests, one at a time."""
+    """Measure what a profiling run does: what it always measures first, then batches of what the engine suggests."""
+    presets = problem.space.presets()
+    index_of = {point: index for index, point in enumerate(problem.points)}
+    batch = [index_of[presets[name]] for name in ALWAYS]
     observations: list[Observation] = []
-    while len(observations) < len(problem.pool):
-        (index,) = suggest(
+    while batch:
+        found = []
+        for index in batch:
+            losses = yield index
+            found.append(Observation(index=index, losses_bp=losses.tolist()))
+        observations += found
+        batch = suggest(
             problem.pool,
             observations,
             seed=seed,
-            batch=1,
+            batch=BATCH,
             budgets_bp=[problem.budget_bp] * problem.texts,
         )
-        losses = yield index
-        observations.append(Observation(index=index, losses_bp=losses.tolist()))
 
 
 def the_paper(problem: Problem, seed: int) -> Search:
