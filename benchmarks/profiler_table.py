@@ -128,25 +128,36 @@ class Table:
     provenance: Mapping[str, Any]
 
     @classmethod
-    def of(cls, space: Space, rows: Iterable[Row], provenance: Mapping[str, Any]) -> Self:
-        """Put rows into the order of a space.
+    def of(
+        cls,
+        space: Space,
+        points: Sequence[Point],
+        rows: Iterable[Row],
+        provenance: Mapping[str, Any],
+    ) -> Self:
+        """Put rows into the order of points.
+
+        Args:
+            space: The space.
+            points: Its points that the table is of.
+            rows: What was measured, in any order, with the names of that time.
+            provenance: With what.
 
         Raises:
-            ArtifactError: A point has no row, or one of another strategy: space and table do not belong together.
+            ArtifactError: A point's strategy has no row: space and table do not belong together.
         """
-        by_name = {row.name: row for row in rows}
-        points = tuple(space.points())
+        by_digest = {row.digest: row for row in rows}
+        strategies = {point: short(space.strategy(point).digest) for point in points}
         names = tuple(map(space.name_of, points))
-        chosen = []
         for point, name in zip(points, names, strict=True):
-            row = by_name.get(name)
-            if row is None or row.digest != short(space.strategy(point).digest):
-                state = "is missing" if row is None else "was another strategy"
-                raise ArtifactError("table", f"{name} {state}: the space has changed, measure anew")
-            chosen.append(row)
+            if strategies[point] not in by_digest:
+                raise ArtifactError(
+                    "table", f"{name} is missing: the space has changed, measure anew"
+                )
+        chosen = [by_digest[strategies[point]] for point in points]
         return cls(
             space=space,
-            points=points,
+            points=tuple(points),
             names=names,
             ratio=np.array([row.ratio for row in chosen]),
             encode_s=np.array([row.encode_s for row in chosen]),
@@ -173,17 +184,18 @@ class Table:
         Fields(document, "table", error=ArtifactError).string("schema", choices=[SCHEMA])
         if header != list(COLUMNS):
             raise ArtifactError("table", f"must have the columns {', '.join(COLUMNS)}")
-        space = space_of_document(document["space"])
-        return cls.of(space, map(Row.of_cells, lines), document["provenance"])
+        space, points = space_of_document(document["space"])
+        return cls.of(space, points, map(Row.of_cells, lines), document["provenance"])
 
     def write(self, rows: Iterable[Row], path: Path) -> None:
         """Write the rows of this table's points, in its order, and what is beside them."""
-        by_name = {row.name: row for row in rows}
+        by_digest = {row.digest: row for row in rows}
+        digests = [short(self.space.strategy(point).digest) for point in self.points]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows(by_name[name].cells() for name in self.names)
+            writer.writerows(by_digest[digest].cells() for digest in digests)
         document = {
             "schema": SCHEMA,
             "columns": COLUMNS,
@@ -200,10 +212,21 @@ def short(digest: str) -> str:
 
 def space_to_document(layout: KVLayout, bases: Mapping[BasisKey, bool]) -> dict[str, Any]:
     """Return what a space is made from, as JSON."""
-    return {"layout": layout.to_json(), "bases": {str(key): bases[key] for key in sorted(bases)}}
+    return {
+        "layout": layout.to_json(),
+        "bases": {str(key): bases[key] for key in sorted(bases)},
+        "fixed": {},
+    }
 
 
-def space_of_document(value: Mapping[str, Any]) -> Space:
-    """Undo `space_to_document`."""
+def space_of_document(value: Mapping[str, Any]) -> tuple[Space, list[Point]]:
+    """Undo `space_to_document`.
+
+    Returns:
+        The space, and its points in which each parameter that the document fixes, if they have it, has that value.
+    """
     bases = {BasisKey.parse(text): learnt for text, learnt in value["bases"].items()}
-    return space_of(KVLayout(**value["layout"]), bases)
+    space = space_of(KVLayout(**value["layout"]), bases)
+    fixed = value["fixed"].items()
+    points = [p for p in space.points() if all(p.get(name, at) == at for name, at in fixed)]
+    return space, points

@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"{arguments.log}: {missing} strategies are left to other shards")
         return
     provenance["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-    table = Table.of(space, log.rows.values(), provenance)
+    table = Table.of(space, space.points(), log.rows.values(), provenance)
     table.write(log.rows.values(), arguments.out)
     print(f"{arguments.out}: {len(table.points)} strategies")
 
