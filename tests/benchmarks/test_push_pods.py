@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ async def test_pods_answer_and_come_back(capsys: pytest.CaptureFixture[str]) -> 
     """All pods answer each table, tell when all have, and come back with what they hold."""
     controller = Controller(prior_bytes_per_s=125e6, now=now, metrics=Metrics())
     apply(controller, 100)
-    events = []
+    events: list[dict[str, Any]] = []
 
     def said() -> int:
         events.extend(json.loads(line) for line in capsys.readouterr().out.splitlines())
