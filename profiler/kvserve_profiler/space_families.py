@@ -15,10 +15,22 @@ from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.bundle.basis import CENTRED
 from kvserve_strategies.calibration.recipe import DEFAULT_KEYS, FISHER
 from kvserve_strategies.peers import part
-from kvserve_strategies.stages import Grid, Importance, Ladder, Mean, Metric, Pca, Raw, Unrope
+from kvserve_strategies.stages import (
+    Grid,
+    Importance,
+    Ladder,
+    Mean,
+    Metric,
+    Pca,
+    Raw,
+    Recentre,
+    Unrope,
+)
 
 _STEPS: Final = (0.05, 0.065, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55, 0.75)
 _CENTRED_STEPS: Final = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2)
+_MEANS: Final = Parameter("means", ParameterKind.ORDINAL, (0, 0.1))
+"""Step of the means of a piece, 0 for those of the calibration."""
 
 
 def space_of(layout: KVLayout, bases: Mapping[BasisKey, bool] | None = None) -> Space:
@@ -88,7 +100,9 @@ def _components(name: str, keys: Mapping[str, BasisKey], steps: tuple[float, ...
         )
         pca = Pca(layers=key.layers, heads=key.heads)
         metric = () if name == "apart" else (Metric(metric=FISHER),)
-        chain = (Unrope(), Mean(), *metric, pca, quantiser, Ladder())
+        means = point.number("means") if name != "apart" else 0.0
+        recentre = (Recentre(step=means),) if means else ()
+        chain = (Unrope(), Mean(), *metric, pca, *recentre, quantiser, Ladder())
         raw = [part("kv", Raw(), tokens=f":{point['sinks']}")]
         if recent := point.count("recent"):
             raw.append(part("kv", Raw(), tokens=f"-{recent}:"))
@@ -103,6 +117,7 @@ def _components(name: str, keys: Mapping[str, BasisKey], steps: tuple[float, ...
             Parameter("dead", ParameterKind.CONTINUOUS, (0.0, 0.5, 1.0)),
             Parameter("sinks", ParameterKind.ORDINAL, (1, 4)),
             Parameter("recent", ParameterKind.ORDINAL, (0, 32)),
+            *((_MEANS,) if name != "apart" else ()),
         ),
         build,
     )
