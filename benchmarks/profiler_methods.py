@@ -30,7 +30,7 @@ POPULATION: Final = 20
 """Of NSGA-II: some generations must fit into a few hundred evaluations."""
 _STALE: Final = 2000
 """So many individuals in a row that were measured before, or can't be, end an evolution."""
-_MAX_DRAWS: Final = 1 << 20
+_MAX_DRAWS: Final = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,14 +62,14 @@ class Effort:
 
 WHOLE: Final = {
     "random": Effort(20, 0, 0.003),
-    "Sobol": Effort(20, 0, 0.003),
+    "Sobol": Effort(20, 1000, 0.005),
     "NSGA-II": Effort(10, 800, 0.01),
     "KVServe paper": Effort(10, 150, 0.15),
     "KVServe": Effort(10, 120, 0.4),
 }
 QUICK: Final = {
     "random": Effort(3, 0, 0.003),
-    "Sobol": Effort(3, 0, 0.003),
+    "Sobol": Effort(3, 500, 0.005),
     "NSGA-II": Effort(3, 200, 0.01),
     "KVServe paper": Effort(2, 60, 0.1),
     "KVServe": Effort(3, 50, 0.25),
