@@ -135,5 +135,5 @@ OPERATOR_WRITES: Final = Instrument(
 PROFILE_TRIALS: Final = Instrument(
     name="kvserve.profile.trials",
     unit="{trial}",
-    description="Strategies measured, by outcome.",
+    description="Strategies measured, in the search and again to confirm, by outcome.",
 )

@@ -281,7 +281,8 @@ async def test_process_end_to_end(world: World, controller_process: Process) -> 
         await asyncio.to_thread(world.set)
         await until(lambda: producer.table and decoder.table)
         await reason(world, "Acknowledged")
-        await decoder.report(*[transfer_report("int4")] * 5)
+        # as small as it was profiled: a transfer that was not would correct the ratio
+        await decoder.report(*[transfer_report("int4", wire_bytes=2_809_000)] * 5)
         await reason(world, "Breached", "ObjectivesMet")
         found = await asyncio.to_thread(world.get)
         assert found["status"]["activeProfile"]["name"] == "int4"

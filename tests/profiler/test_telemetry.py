@@ -31,13 +31,12 @@ def test_a_run_is_one_trace_and_its_trials_are_counted(model_folder: Path, tmp_p
     trials = [span for span in receiver.spans if span.name == "kvserve.profile.trial"]
     assert {span.parent_id for span in trials} == {run.span_id}
     assert {span.trace_id for span in trials} == {run.trace_id}
-    assert [span.attributes["kvserve.profile"] for span in trials] == [
-        "none",
-        "lossless",
-        "joint-head",
-    ]
+    names = [span.attributes["kvserve.profile"] for span in trials]
+    assert names[:2] == ["none", "lossless"]
+    # three in the search, and once more each to confirm it
+    assert sorted(names[:3]) == sorted(names[3:])
     assert {span.attributes["kvserve.outcome"] for span in trials} == {"completed"}
     assert {span.service for span in receiver.spans} == {"kvserve-profiler"}
     (point,) = [point for point in receiver.points if point.name == "kvserve.profile.trials"]
-    assert (point.value, point.unit) == (3, "{trial}")
+    assert (point.value, point.unit) == (6, "{trial}")
     assert point.attributes == {"kvserve.outcome": "completed"}
