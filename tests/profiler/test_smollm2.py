@@ -14,7 +14,7 @@ from kvserve_api.profile_set import ParetoSet
 
 @pytest.mark.slow
 def test_smollm2_end_to_end(tmp_path: Path) -> None:
-    """A search of twelve trials without a bundle finds what is known of this model: 8 bits cost nothing, 2 bits much."""
+    """A search of twelve trials without a bundle finds what is known of this model: 8 bits are free, 2 are not."""
     out = tmp_path / "out"
     done = subprocess.run(
         [
