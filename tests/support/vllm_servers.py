@@ -151,14 +151,14 @@ class Plan:
 
     Attributes:
         role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
-        core: The one core it may use.
+        core: The one core it may use; None to leave it to the kernel.
         extra: Its ``kv_connector_extra_config``.
         prefix_caching: Keep blocks of finished requests for later ones.
         arguments: More arguments, which override ours.
     """
 
     role: str
-    core: int
+    core: int | None
     extra: Mapping[str, Any] = field(default_factory=dict)
     prefix_caching: bool = False
     arguments: tuple[str, ...] = ()
@@ -180,7 +180,7 @@ def start(plan: Plan, model: Path, folder: Path) -> Server:
         | dict(plan.extra),
     }
     env = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": str(plan.core),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if plan.core is None else str(plan.core),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
