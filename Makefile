@@ -43,7 +43,7 @@ test: setup-cluster lint ## Set everything up and run all tests
 	.venv/bin/pytest $(PARALLEL) -m "not alone"
 	.venv/bin/pytest -m alone
 
-test-fast: setup-cluster ## The tests that run on every change (under three minutes)
+test-fast: setup-cluster ## The tests that run on every change
 	.venv/bin/pytest $(PARALLEL) -m "not slow"
 
 bench-codec: $(STAMP) ## Measure our codecs beside peers' own code and draw the frontier (says how long; QUICK=1: two minutes)
