@@ -1,6 +1,7 @@
 """What the demo found: values, the report's JSON, the table and the figure."""
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,12 +186,16 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
 
     drawing, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     labels = [
-        f"{row['bandwidth_mbit'] or '∞'}\n{row['mode']}\n{Counter(row['profiles']).most_common(1)[0][0]}"
+        f"{row['bandwidth_mbit'] or '∞'}\n{row['mode']}\n"
+        + textwrap.fill(Counter(row["profiles"]).most_common(1)[0][0], 18)
         for row in report["phases"]
     ]
+    # by number, because phases with the same label would be one bar
+    places = range(len(labels))
     colours = ["#9aa5b1" if row["mode"] == "raw" else "#0b7285" for row in report["phases"]]
-    left.bar(labels, [row["jct_s"]["p50"] for row in report["phases"]], color=colours)
-    left.bar(labels, [row["ttft_s"]["p50"] for row in report["phases"]], color="black", width=0.15)
+    left.bar(places, [row["jct_s"]["p50"] for row in report["phases"]], color=colours)
+    left.bar(places, [row["ttft_s"]["p50"] for row in report["phases"]], color="black", width=0.15)
+    left.set_xticks(places, labels)
     left.set_ylabel("median seconds to completion (black: to first token)")
     left.tick_params(axis="x", labelsize=8)
     left.set_xlabel("link in Mbit/s · mode · most used profile")
