@@ -10,6 +10,7 @@ import click
 
 from kvserve_api.errors import KVServeError, SpecError, StrategyError
 from kvserve_api.strategy import MAX_JSON_BYTES, StrategyConfig
+from kvserve_profiler.bench_options import bundle_option, model_option, strategy_option
 from kvserve_profiler.tasks.cli import tasks
 
 if TYPE_CHECKING:
@@ -34,13 +35,7 @@ bench.add_command(tasks)
 
 
 @bench.command()
-@click.option(
-    "--model",
-    required=True,
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    help="Folder of the model, as transformers and vLLM load it.",
-)
+@model_option
 @click.option(
     "--text",
     "texts",
@@ -50,21 +45,8 @@ bench.add_command(tasks)
     type=click.Path(path_type=Path),
     help="UTF-8 text whose beginning is measured. Repeatable.",
 )
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    metavar="NAME|FILE",
-    help="A preset's name, or a file with a strategy's JSON. Repeatable; by default all presets.",
-)
-@click.option(
-    "--bundle",
-    "bundle_folder",
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    help="Calibration bundle of the model, as `kvserve calibrate` writes it. Without it, and if a "
-    "strategy needs one, the model is calibrated first, once.",
-)
+@strategy_option
+@bundle_option
 @click.option(
     "--prefix",
     type=click.IntRange(16, 1_048_576),

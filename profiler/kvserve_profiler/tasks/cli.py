@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvserve_api.errors import KVServeError, SpecError
+from kvserve_profiler.bench_options import bundle_option, model_option, strategy_option
 
 if TYPE_CHECKING:
     from kvserve_profiler.codec_bench_rows import Subject
@@ -88,13 +89,7 @@ def run(
 
 
 @click.command()
-@click.option(
-    "--model",
-    required=True,
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    help="Folder of the model, as transformers and vLLM load it.",
-)
+@model_option
 @click.option(
     "--task",
     "names",
@@ -104,21 +99,8 @@ def run(
     metavar="NAME|FILE",
     help="A built-in task, or a file of JSON lines (see docs/profiling.md). Repeatable.",
 )
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    metavar="NAME|FILE",
-    help="A preset's name, or a file with a strategy's JSON. Repeatable; by default all presets.",
-)
-@click.option(
-    "--bundle",
-    "bundle_folder",
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
-    help="Calibration bundle of the model. Without it, and if a strategy needs one, the model is "
-    "calibrated first, once.",
-)
+@strategy_option
+@bundle_option
 @click.option(
     "--items",
     type=click.IntRange(1, 10_000),
