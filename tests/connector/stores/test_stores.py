@@ -19,7 +19,7 @@ from kvserve_api.errors import (
 from kvserve_connector.stores.folder import FolderStore
 from kvserve_connector.stores.store import GuardedStore
 from kvserve_connector.stores.url import open_kv_store
-from store_kinds import KINDS, TTL_S, Clock
+from store_kinds import CLOCKED, KINDS, TTL_S, Clock
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 SOON = 5.0
@@ -42,7 +42,7 @@ def test_what_was_put_is_there(kind: str, tmp_path: Path) -> None:
     assert store.exists(asked, timeout_s=SOON) == {"a/b-2"}
 
 
-@KIND
+@pytest.mark.parametrize("kind", CLOCKED)
 def test_values_expire(kind: str, tmp_path: Path) -> None:
     """After its time to live a value is gone, however often it was read."""
     clock = Clock()
@@ -234,6 +234,10 @@ def test_urls_of_stores(tmp_path: Path) -> None:
         ("https://host/x", "must begin with"),
         ("file://host/x", "file:///folder"),
         ("s3://key:secret@bucket", "credentials"),
+        ("redis://:secret@host", "credentials"),
+        ("redis://host:port", "redis://host:port/number"),
+        ("redis:///0", "redis://host:port/number"),
+        ("rediss://host/name", "rediss://host:port/number"),
     ):
         with pytest.raises(SpecError, match=text):
             open_kv_store(url, **limits)  # type: ignore[arg-type]
