@@ -52,12 +52,14 @@ DATA: Final = ROOT.parent / "shared" / "data"
 """Beside the repository, not part of it; only this benchmark knows of it."""
 MAX_CHARS: Final = 24_000
 GRID: Final = "quantise.grid.v1"
-SWEEP: Final = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+SWEEP: Final = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 QUICK_SWEEP: Final = (0.7, 1.4)
 RESTATED: Final = ("fp8", "int8-token", "int4-token", "kivi-4", "kivi-2")
 """Presets that are peers' ideas, too."""
 OURS: Final = ("predicted-rans",)
 """Strategies of `PEERS` that only take up an idea."""
+STEPPED: Final = ("centred-rans", "focus-3")
+"""Presets that come in several steps, which make a curve."""
 QUICK: Final = ("none", "lossless", "splitzip", "kivi-4", "cachegen", "centred-rans")
 PEERS_S: Final = (20.0, 75.0)
 """About how long peers' own code takes for one text: quickly, and whole."""
@@ -194,7 +196,8 @@ def _subjects(*, quick: bool) -> Iterator[tuple[Subject, str, str]]:
         kind = "restated" if restated else "ours"
         swept = step_of(config)
         if swept is None:
-            family = "centred-rans" if name.startswith("centred-rans") else ""
+            stem = name.removesuffix("-fine").removesuffix("-coarse")
+            family = stem if stem in STEPPED else ""
             if not quick or name in QUICK:
                 yield Subject(label=name, preset=name, strategy=config), kind, family
             continue

@@ -25,13 +25,14 @@ def line(name: str, kind: str, ratio: float, kl: float, **others: object) -> Mea
 
 
 def test_ratios_between_points_are_straight_in_logarithms() -> None:
-    """Halfway in the logarithm of the loss is the geometric mean of the ratios; outside there is none."""
+    """Halfway in the logarithm of the loss is the geometric mean of the ratios; beyond the last, its own."""
     curve = [(0.1, 32.0), (0.001, 8.0), (0.0, 1.0)]
     assert ratio_at(curve, 0.01) == pytest.approx(16)
     assert ratio_at(curve, 0.001) == pytest.approx(8)
     assert ratio_at(curve, 0.1) == pytest.approx(32)
-    assert ratio_at(curve, 0.2) is None
-    assert ratio_at(curve, 0.0005) is None
+    assert ratio_at(curve, 0.2) == pytest.approx(32)
+    assert ratio_at(curve, 0.0005) == pytest.approx(1)
+    assert ratio_at(curve[:2], 0.0005) is None
     assert ratio_at([], 0.01) is None
 
 
