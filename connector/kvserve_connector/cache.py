@@ -1,7 +1,7 @@
 """An engine's KV cache, opened for transfers: plain keys and values where its layout is known, else whole blocks."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -42,13 +42,30 @@ class EngineCache:
     Args:
         form: How it is cut.
         parts: The cache of each part.
+        device: Where it is.
     """
 
-    def __init__(self, form: Form, parts: Sequence[PagedCache]) -> None:
+    def __init__(
+        self, form: Form, parts: Sequence[PagedCache], device: torch.device | None = None
+    ) -> None:
         self.form = form
         self._parts = parts
+        self._device = device or torch.device("cpu")
         groups = list(dict.fromkeys(part.group.index for part in form.parts))
         self._lists = [groups.index(part.group.index) for part in form.parts]
+
+    @property
+    def at_once(self) -> bool:
+        """Whether what a layer has written is there when its call returns; on a GPU it is not."""
+        return self._device.type == "cpu"
+
+    def fence(self) -> Callable[[], None]:
+        """Return what waits, in another thread, until all that the engine has begun to write is there."""
+        if self._device.type != "cuda":
+            return _no_wait
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
 
     def read(
         self, chunk: Chunk, block_ids: Sequence[Sequence[int]]
@@ -93,6 +110,10 @@ class EngineCache:
                 f"the request does not hold blocks {first} to {last - 1} of {part.group.layer_names[0]}",
             )
         return ids
+
+
+def _no_wait() -> None:
+    """Return: a CPU has written when its call returns."""
 
 
 def open_cache(
@@ -156,7 +177,8 @@ def _open_plain(
             raise UnsupportedError(f"the KV cache of attention backend {backend} is not known")
     part = Part(layout=layout, group=group, block_rows=step)
     form = Form(fingerprint=engine.fingerprint, parts=(part,))
-    return EngineCache(form, [PagedCache(views, layout, step)])
+    device = kv_caches[group.layer_names[0]].device
+    return EngineCache(form, [PagedCache(views, layout, step)], device)
 
 
 def _open_blocks(

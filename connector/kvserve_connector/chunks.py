@@ -11,6 +11,8 @@ from kvserve_connector.form import TOKEN_STEP, Form
 
 MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
+LEAST_CUTS: Final = 12
+"""So many groups of layers has a transfer that goes on while its prefill runs: one of them is left when that ends."""
 LANES: Final = 32
 """Where many layers make even that too many tokens: what entropy coders code side by side."""
 
@@ -40,7 +42,12 @@ class Chunk:
 
 
 def plan_form(
-    form: Form, tokens: range, chunk_layers: int, *, layer_multiple: int = 1
+    form: Form,
+    tokens: range,
+    chunk_layers: int,
+    *,
+    layer_multiple: int = 1,
+    most_tokens: int | None = None,
 ) -> tuple[Chunk, ...]:
     """Cut a transfer of all parts of a cache into chunks, part after part; see `plan`."""
     return tuple(
@@ -52,7 +59,30 @@ def plan_form(
             chunk_layers,
             layer_multiple=layer_multiple,
             token_step=part.least_rows,
+            most_tokens=most_tokens,
         )
+    )
+
+
+def plan_ahead(
+    form: Form, tokens: range, chunk_layers: int, *, layer_multiple: int = 1, step_tokens: int
+) -> tuple[Chunk, ...]:
+    """Cut a transfer whose prefill may be running: as `plan_form`, so fine that little is left when it ends.
+
+    Args:
+        form: How the cache is cut.
+        tokens: Which tokens are sent.
+        chunk_layers: Most layers in a chunk.
+        layer_multiple: Layers that the strategy codes together.
+        step_tokens: Most tokens that the engine computes in one step.
+    """
+    fine = -(-form.layout.layers // LEAST_CUTS)
+    return plan_form(
+        form,
+        tokens,
+        min(chunk_layers, fine),
+        layer_multiple=layer_multiple,
+        most_tokens=max(TOKEN_STEP, step_tokens // TOKEN_STEP * TOKEN_STEP),
     )
 
 
@@ -63,6 +93,7 @@ def plan(
     *,
     layer_multiple: int = 1,
     token_step: int = TOKEN_STEP,
+    most_tokens: int | None = None,
 ) -> tuple[Chunk, ...]:
     """Cut a transfer into chunks of at most ``MAX_CHUNK_BYTES``, and of at most so many layers if the strategy allows.
 
@@ -75,12 +106,14 @@ def plan(
         layer_multiple: Layers that the strategy codes together: chunks begin at multiples of it, and hold as many even
             if that is more than ``chunk_layers``.
         token_step: Cuts between tokens fall on multiples of this.
+        most_tokens: Most tokens in a chunk; None for as many as fit.
     """
     if not tokens:
         return ()
     layer_bytes = layout.native_bytes(1) // layout.layers
     least_layers = min(layer_multiple, layout.layers)
     token_step = min(_most_tokens(layer_bytes, least_layers, token_step), len(tokens))
+    token_step = min(token_step, most_tokens or token_step)
     fitting = MAX_CHUNK_BYTES // (layer_bytes * token_step)
     most_layers = min(chunk_layers, fitting, layout.layers) // least_layers * least_layers
     layer_step = max(least_layers, most_layers)

@@ -4,10 +4,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kvserve_api.errors import (
@@ -35,13 +35,27 @@ from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.handover import Load
-from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, pack_header
+from kvserve_connector.protocol import (
+    MAX_RENEWED,
+    Accept,
+    End,
+    Kind,
+    Pull,
+    Refuse,
+    Release,
+    Renew,
+    pack_header,
+)
 from kvserve_connector.remote import Remote
+from kvserve_connector.renewals import SHARE_OF_LEASE, Renewals
 
 logger = logging.getLogger(__name__)
 
 MAX_PULLS: Final = 8
 """Transfers under way at once; more wait their turn."""
+MAX_EARLY: Final = 64
+"""Likewise, of those that wait for their prefill. They have threads of their own: a prefill may itself wait for the
+room of one whose transfer would wait behind it."""
 MAX_IDLE: Final = 16
 """Connections kept open for the next transfer."""
 BEHIND: Final = 2
@@ -60,7 +74,7 @@ class Outcome:
         wire_bytes: Bytes received, headers included.
         wire_s: Seconds in which bytes of chunks were arriving.
         decode_s: Seconds of decoding and writing into the cache.
-        total_s: From the start to the last write.
+        total_s: From the start to the last write, without what the producer waited for the prefill.
         failure: Empty, or the reason why the request must be recomputed.
         detail: More about the failure, for people.
     """
@@ -118,17 +132,28 @@ class TransferClient:
         self._report = report
         self._coder = ChunkCoder(cache.form, bundles.find)
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
+        self._early = ThreadPoolExecutor(MAX_EARLY, thread_name_prefix="kvserve-early")
         self._lock = threading.Lock()
         self._active: dict[str, _Active] = {}
         self._idle: deque[tuple[str, int, FrameSocket]] = deque()
+        self._renewals = Renewals(config.lease_s * SHARE_OF_LEASE, self._renew)
+
+    def expect(self, remote: Remote) -> None:
+        """Keep a prefill's lease alive until it is fetched or released; its request has arrived."""
+        self._renewals.add(remote)
 
     def start(self, load: Load) -> None:
         """Begin a transfer."""
+        # it may have to wait its turn
+        self._renewals.add(load.remote)
         active = _Active()
         with self._lock:
             self._active[load.request_id] = active
         deadline_s = time.monotonic() + self._config.timeout_s
-        self._pulls.submit(self._run, load, active, deadline_s)
+        if load.remote.transfer:
+            deadline_s += self._config.prefill_timeout_s
+        threads = self._early if load.remote.transfer else self._pulls
+        threads.submit(self._run, load, active, deadline_s)
 
     def cancel(self, request_id: str) -> None:
         """Stop a transfer soon; its outcome is still reported."""
@@ -141,6 +166,7 @@ class TransferClient:
 
     def release(self, remote: Remote) -> None:
         """Tell a producer that nobody will fetch a prefill; if that fails, its lease ends by itself."""
+        self._renewals.drop(remote)
         self._pulls.submit(self._release, remote)
 
     def close(self) -> None:
@@ -150,7 +176,9 @@ class TransferClient:
                 active.cancelled = True
                 if active.frames is not None:
                     active.frames.interrupt()
-        self._pulls.shutdown(wait=False, cancel_futures=True)
+        self._renewals.close()
+        for threads in (self._pulls, self._early):
+            threads.shutdown(wait=False, cancel_futures=True)
         while self._idle:
             self._idle.popleft()[2].close()
 
@@ -179,18 +207,24 @@ class TransferClient:
         if outcome.failure and active.cancelled:
             outcome.failure = TransferReason.CANCELLED
         outcome.total_s = time.monotonic() - started_s
+        if outcome.end is not None:
+            outcome.total_s = max(0.0, outcome.total_s - outcome.end.waited_s)
+        self._renewals.drop(load.remote)
         with self._lock:
             self._active.pop(load.request_id, None)
         self._report(outcome)
 
     def _pull(self, load: Load, active: _Active, outcome: Outcome, deadline_s: float) -> None:
         frames, accept = self._ask(load, active, deadline_s)
+        self._renewals.drop(load.remote)
         outcome.accept = accept
         received_before = frames.received_bytes
         try:
             check_form(accept.chunks, self._form, load.tokens)
             self._receive(frames, load, accept, active, outcome)
             outcome.end = End.parse(self._message(frames, Kind.END))
+            if load.remote.transfer:
+                outcome.accept = replace(accept, model_s=outcome.end.model_s)
             frames.send(pack_header(Kind.DONE, 0))
             outcome.wire_bytes = frames.received_bytes - received_before
             self._finish(active, outcome)
@@ -251,6 +285,7 @@ class TransferClient:
             bundles=self._bundles.ready,
             budget_s=left_s,
             traceparent=tracing.traceparent(),
+            transfer=load.remote.transfer,
         )
 
     def _message(self, frames: FrameSocket, kind: Kind) -> bytes:
@@ -274,7 +309,8 @@ class TransferClient:
     ) -> None:
         """Receive all chunks, decoding each while the next ones arrive."""
         started_ns = time.time_ns()
-        for chunk in accept.chunks:
+        left = dict(enumerate(accept.chunks))
+        while left:
             header = frames.receive_header()
             if header.kind == Kind.REFUSE:
                 refuse = Refuse.parse(frames.receive_body(header))
@@ -283,6 +319,9 @@ class TransferClient:
                 )
             if header.kind != Kind.CHUNK:
                 raise WireError(WireReason.MALFORMED, f"expected CHUNK, got {header.kind.name}")
+            index = header.index if load.remote.transfer else next(iter(left))
+            if (chunk := left.pop(index, None)) is None:
+                raise WireError(WireReason.MALFORMED, f"a chunk {index} that is not awaited")
             if header.length > self._coder.max_bytes(chunk):
                 raise WireError(WireReason.TOO_LARGE, f"a chunk of {header.length} bytes")
             start_s = time.perf_counter()
@@ -328,9 +367,24 @@ class TransferClient:
                 stall_s=self._config.stall_s,
             )
             frames.set_budget(self._config.stall_s)
-            message = Release(engine_id=remote.engine_id, request_id=remote.request_id)
+            message = Release(
+                engine_id=remote.engine_id, request_id=remote.request_id, transfer=remote.transfer
+            )
             frames.send(message.pack())
             self._keep(remote, frames)
+
+    def _renew(self, remotes: Sequence[Remote]) -> None:
+        """Tell a producer that its prefills are still wanted; if that fails, there is a next time."""
+        first, limit_s = remotes[0], min(self._config.stall_s, self._config.lease_s)
+        with suppress(KVServeError):
+            frames = self._take(first) or FrameSocket.connect(
+                first.host, first.port, timeout_s=limit_s, stall_s=self._config.stall_s
+            )
+            frames.set_budget(limit_s)
+            names = tuple(remote.request_id for remote in remotes)
+            for start in range(0, len(names), MAX_RENEWED):
+                frames.send(Renew(names=names[start : start + MAX_RENEWED]).pack())
+            self._keep(first, frames)
 
     def _take(self, remote: Remote) -> FrameSocket | None:
         """Return a kept connection to the producer."""

@@ -25,9 +25,11 @@ class ConnectorConfig:
         artifacts: URL of the store of calibration bundles; None refuses tables that need one.
         listen_host: Address that a producer's transfer server binds.
         listen_port: Its port; 0 takes any free one.
+        bootstrap_port: Where routers look this producer up that send a request to two pods at once; None without them.
         advertise_host: Address that consumers use to reach this producer.
         lease_s: How long a producer keeps a finished prefill's blocks for its consumer, in seconds.
         timeout_s: Most seconds a transfer may take; then the request is recomputed.
+        prefill_timeout_s: Most seconds more for one that is asked for before its prefill has ended.
         stall_s: Most seconds without a single byte; then the peer counts as lost.
         chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
         codec_threads: Threads that encode and decode, next to the engine's own.
@@ -44,9 +46,11 @@ class ConnectorConfig:
     artifacts: str | None = None
     listen_host: str = "0.0.0.0"
     listen_port: int = DEFAULT_PORT
+    bootstrap_port: int | None = None
     advertise_host: str = "127.0.0.1"
     lease_s: float = 30.0
     timeout_s: float = 30.0
+    prefill_timeout_s: float = 120.0
     stall_s: float = 10.0
     chunk_layers: int = 5
     codec_threads: int = 1
@@ -85,11 +89,15 @@ class ConnectorConfig:
             or None,
             listen_host=fields.string("listen_host", "0.0.0.0", max_length=255),
             listen_port=fields.integer("listen_port", DEFAULT_PORT, minimum=0, maximum=65_535),
+            bootstrap_port=fields.integer("bootstrap_port", minimum=0, maximum=65_535)
+            if fields.has("bootstrap_port")
+            else None,
             advertise_host=fields.string("advertise_host", None, max_length=255)
             or env.get("POD_IP")
             or host_ip,
             lease_s=fields.number("lease_s", 30.0, minimum=0.1, maximum=3600),
             timeout_s=fields.number("timeout_s", 30.0, minimum=0.1, maximum=3600),
+            prefill_timeout_s=fields.number("prefill_timeout_s", 120.0, minimum=0.1, maximum=3600),
             stall_s=fields.number("stall_s", 10.0, minimum=0.1, maximum=3600),
             chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
             codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),

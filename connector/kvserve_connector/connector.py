@@ -26,9 +26,12 @@ from vllm.utils.network_utils import get_ip
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvserve_api import otel
-from kvserve_connector.config import ConnectorConfig
+from kvserve_api.errors import SpecError
+from kvserve_connector.bootstrap import BootstrapServer, page
+from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.engine import inspect
 from kvserve_connector.metadata import ServerAddress, StepMetadata
+from kvserve_connector.remote import engine_name
 from kvserve_connector.scheduler import SchedulerHalf
 from kvserve_connector.stats import PromMetrics, Stats
 from kvserve_connector.worker import WorkerHalf
@@ -78,6 +81,9 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 ' set it to "recompute" to compute it here instead'
             )
         self._close_telemetry = otel.configure(f"kvserve-{transfer.kv_role}")
+        self._config = config
+        self._engine_id = engine.engine_id
+        self._bootstrap: BootstrapServer | None = None
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -94,9 +100,10 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         address = metadata.get(0)
         if isinstance(address, ServerAddress):
             self._half_of_scheduler.set_address(address)
+            self._serve_bootstrap(address)
 
     def on_new_request(self, request: "Request") -> None:
-        """Leave the end of a prompt to its consumer where the model asks for that."""
+        """Announce a prefill for a consumer, and leave the end of its prompt to it where the model asks for that."""
         self._half_of_scheduler.arrived(request)
 
     def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
@@ -118,6 +125,7 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         """Return this step's news for the worker."""
+        self._half_of_scheduler.scheduled(scheduler_output)
         return self._half_of_scheduler.take_step()
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -147,6 +155,11 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Return where the transfer server listens; None without one."""
         return self._half_of_worker.address
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Let go of blocks that are no longer a prefill's, before anyone writes into them."""
+        if isinstance(kv_connector_metadata, StepMetadata):
+            self._half_of_worker.let_go(kv_connector_metadata)
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Start what the step brings, before its forward pass: on a CPU that can take seconds."""
         super().bind_connector_metadata(connector_metadata)
@@ -166,10 +179,12 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         attn_metadata: "AttentionMetadata",
         **kwargs: Any,
     ) -> None:
-        """Do nothing: a prefill is read from its blocks when it has finished."""
+        """Take note that a layer of the running prefills is in the cache; called after it was written there."""
+        self._half_of_worker.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
-        """Do nothing, for the same reason."""
+        """Take note that the step is in the cache; nothing waits."""
+        self._half_of_worker.step_written()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return which requests were sent, were received, or must be recomputed."""
@@ -184,6 +199,8 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """End what runs in threads."""
         if self._worker is not None:
             self._worker.close()
+        if self._bootstrap is not None:
+            self._bootstrap.close()
         self._close_telemetry()
 
     # Of the class, for the front end.
@@ -205,6 +222,29 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> KVConnectorPromMetrics:
         """Return the counters of vLLM's Prometheus page."""
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _serve_bootstrap(self, address: ServerAddress) -> None:
+        """Let routers look up the engine, if that is wanted.
+
+        Raises:
+            SpecError: The port is taken.
+        """
+        port, host = self._config.bootstrap_port, self._config.listen_host
+        if port is None or self._bootstrap is not None:
+            return
+        where = f"{address.host}:{address.port}"
+        answer = page(
+            self._vllm_config.parallel_config.data_parallel_rank,
+            engine_name(self._engine_id, address.host, address.port),
+            {0: where},
+        )
+        try:
+            self._bootstrap = BootstrapServer(host, port, answer)
+        except OSError as error:
+            raise SpecError(
+                f"{PATH}.bootstrap_port", f"can't listen on {host}:{port}: {error}"
+            ) from error
+        logger.info("routers look this engine up on port %d", self._bootstrap.port)
 
     @property
     def _half_of_scheduler(self) -> SchedulerHalf:

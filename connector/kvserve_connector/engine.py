@@ -27,6 +27,8 @@ class Engine:
         content: What vLLM says of the content of each group's blocks; equal where blocks mean the same.
         fingerprint: Identity of the model.
         engine_id: Identity of this run of the engine; another after each restart.
+        step_tokens: Most tokens that it computes in one step.
+        splits_steps: Whether a step may run in several parts, so that a layer is written more than once.
         unsupported: Why nothing of it can be carried; empty if something can.
     """
 
@@ -37,6 +39,8 @@ class Engine:
     content: tuple[str, ...] = ()
     fingerprint: str
     engine_id: str
+    step_tokens: int = 2048
+    splits_steps: bool = False
     unsupported: str = ""
 
     @property
@@ -70,6 +74,8 @@ def inspect(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Engi
         "fingerprint": model_fingerprint(vllm_config.model_config.hf_config.to_dict()),
         "engine_id": str(vllm_config.kv_transfer_config.engine_id),
         "blocks": kv_cache_config.num_blocks,
+        "step_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
+        "splits_steps": bool(getattr(parallel, "use_ubatching", False)),
     }
     try:
         groups = tuple(

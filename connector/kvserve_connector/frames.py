@@ -78,21 +78,24 @@ class FrameSocket:
         except OSError as error:
             raise TransferError(TransferReason.PEER_LOST, f"while sending: {error}") from error
 
-    def send_chunk(self, blob: memoryview) -> None:
-        """Send a chunk's frame."""
-        self.send(pack_header(Kind.CHUNK, len(blob)))
+    def send_chunk(self, blob: memoryview, index: int) -> None:
+        """Send a chunk's frame; the index is its place in the plan."""
+        self.send(pack_header(Kind.CHUNK, len(blob), index))
         self.send(blob)
 
     def receive_header(self) -> FrameHeader:
-        """Receive a frame's header.
+        """Receive a frame's header; those that only say that the peer is alive are passed over.
 
         Raises:
             TransferError: The peer is gone or silent.
             WireError: What came is not a header.
         """
-        data = bytearray(HEADER_BYTES)
-        self.receive_into(memoryview(data))
-        return parse_header(bytes(data))
+        while True:
+            data = bytearray(HEADER_BYTES)
+            self.receive_into(memoryview(data))
+            header = parse_header(bytes(data))
+            if header.kind != Kind.WAIT or header.length:
+                return header
 
     def receive_body(self, header: FrameHeader) -> bytes:
         """Receive a control message's body; its length is checked before anything is allocated."""

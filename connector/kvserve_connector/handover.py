@@ -10,6 +10,40 @@ from kvserve_connector.remote import Remote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Prefill:
+    """A prefill for a consumer that has arrived in this engine, and may be waiting or running.
+
+    Attributes:
+        request_id: The request's name in this engine.
+        transfer_id: The name by which a router has told its consumer of it before it began; None if it will not.
+        tokens: Tokens whose KV will be there.
+        prompt_digest: See `prompt_digest`.
+        workload: Its workload class.
+    """
+
+    request_id: str
+    transfer_id: str | None = None
+    tokens: int
+    prompt_digest: str
+    workload: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a running prefill is when the engine step that this comes with has ended.
+
+    Attributes:
+        request_id: The request's name in this engine.
+        block_ids: For each group of the engine the request's blocks.
+        tokens: Tokens at the prompt's start whose KV is in them then.
+    """
+
+    request_id: str
+    block_ids: tuple[tuple[int, ...], ...]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
     """A finished prefill whose blocks are kept for its consumer.
 

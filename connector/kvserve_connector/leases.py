@@ -1,14 +1,15 @@
-"""The finished prefills a producer keeps for their consumers, and how each of them ends."""
+"""The prefills a producer computes or keeps for their consumers, and how each of them ends."""
 
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kvserve_api.errors import TransferError, TransferReason
-from kvserve_connector.handover import Lease
+from kvserve_api.errors import TransferError, TransferReason, WireReason
+from kvserve_connector.chunks import Chunk
+from kvserve_connector.handover import Lease, Prefill, Progress
 
 SENT: Final = "Sent"
 """How a lease ends when its consumer has everything; other ends are transfer reasons."""
@@ -17,44 +18,218 @@ RELEASED: Final = "Released"
 MAX_ENDED: Final = 4096
 
 
+def _at_once() -> None:
+    """Wait for nothing: the values are there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computed:
+    """What is in the cache of one prefill, at one moment.
+
+    Attributes:
+        block_ids: For each group of the engine the request's blocks.
+        tokens: Tokens that are there in all layers.
+        next_tokens: Tokens that are there in the first `layers` layers.
+        layers: See there.
+        epoch: Another after each preemption.
+        whole: Whether the prefill has finished.
+        written: Returns when the values are readable; on a GPU the engine is ahead of them.
+    """
+
+    block_ids: tuple[tuple[int, ...], ...]
+    tokens: int
+    next_tokens: int = 0
+    layers: int = 0
+    epoch: int = 0
+    whole: bool = False
+    written: Callable[[], None] = _at_once
+
+    def holds(self, chunk: Chunk) -> bool:
+        """Tell whether a chunk can be read."""
+        return (
+            self.whole
+            or chunk.tokens.stop <= self.tokens
+            or (chunk.tokens.stop <= self.next_tokens and chunk.layers.stop <= self.layers)
+        )
+
+
 @dataclass(slots=True)
 class _Entry:
-    lease: Lease
-    expires_s: float
+    prefill: Prefill
+    begun_s: float
+    computed: Computed | None = None
+    epoch: int = 0
+    kept: bool = False
+    model_s: float = 0.0
+    expires_s: float = 0.0
     claimed: bool = False
+    outcome: str | None = None
+
+
+class Claim:
+    """A prefill as the thread that sends it sees it; the thread must `LeaseBook.end` it.
+
+    Attributes:
+        prefill: Which one.
+    """
+
+    def __init__(self, book: "LeaseBook", entry: _Entry) -> None:
+        self._book = book
+        self._entry = entry
+        self.prefill = entry.prefill
+
+    @property
+    def kept(self) -> bool:
+        """Whether it has finished."""
+        return self._entry.kept
+
+    @property
+    def model_s(self) -> float:
+        """Seconds from its arrival to its end, or to now."""
+        entry = self._entry
+        return entry.model_s if entry.kept else self._book.now_s() - entry.begun_s
+
+    @property
+    def computed(self) -> Computed | None:
+        """What is there now; None before anything is, and after a preemption.
+
+        Blocks that were read by it hold what they should only if, after reading, it is still `valid`.
+
+        Raises:
+            TransferError: The prefill was aborted.
+        """
+        if self._entry.outcome is not None:
+            raise TransferError(
+                TransferReason.CANCELLED, f"the prefill ended: {self._entry.outcome}"
+            )
+        return self._entry.computed
+
+    def valid(self, seen: Computed) -> bool:
+        """Tell whether the blocks of what was seen are still this request's."""
+        return self._entry.epoch == seen.epoch
 
 
 class LeaseBook:
-    """All leases of one producer; safe from any thread.
+    """All prefills of one producer for consumers; safe from any thread.
 
     The engine's blocks may be reused from the moment in which `take_ended` names a request, so a lease that is being
-    sent never expires: its sender ends it.
+    sent never expires: its sender ends it. The blocks of a prefill that has not finished are the engine's: whoever
+    reads them looks afterwards whether they still were the request's.
 
     Args:
         lease_s: How long an unclaimed lease lasts, in seconds.
         now_s: A clock that never goes back.
+
+    Attributes:
+        now_s: The clock.
     """
 
     def __init__(self, lease_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
-        self._now_s = now_s
+        self.now_s = now_s
         self._changed = threading.Condition()
         self._held: dict[str, _Entry] = {}
+        self._names: dict[str, str] = {}
         self._ended: list[str] = []
         self._reasons: OrderedDict[str, str] = OrderedDict()
         self._counts: Counter[str] = Counter()
 
+    def begin(self, prefill: Prefill) -> None:
+        """Take note of a prefill that has arrived."""
+        with self._changed:
+            if prefill.request_id in self._held:
+                return
+            entry = self._held[prefill.request_id] = _Entry(prefill, self.now_s())
+            name = prefill.transfer_id
+            if name is not None:
+                self._names[name] = prefill.request_id
+                # its consumer was here before it, and does not need it
+                entry.outcome = self._reasons.get(name)
+            self._changed.notify_all()
+
+    def advance(
+        self,
+        progress: Progress,
+        *,
+        layers: int | None = None,
+        written: Callable[[], None] = _at_once,
+    ) -> None:
+        """Take note of how far a running prefill is.
+
+        Args:
+            progress: After the step that is running, or has ended.
+            layers: How many layers it has computed so far; None if it has ended.
+            written: See `Computed`.
+        """
+        with self._changed:
+            entry = self._held.get(progress.request_id)
+            if entry is None or entry.kept:
+                return
+            before = entry.computed
+            if layers is None:
+                entry.computed = Computed(
+                    block_ids=progress.block_ids,
+                    tokens=progress.tokens,
+                    epoch=entry.epoch,
+                    written=written,
+                )
+            else:
+                entry.computed = Computed(
+                    block_ids=progress.block_ids,
+                    tokens=0 if before is None else before.tokens,
+                    next_tokens=progress.tokens,
+                    layers=layers,
+                    epoch=entry.epoch,
+                )
+            self._changed.notify_all()
+
+    def preempt(self, request_id: str) -> None:
+        """Take note that a running prefill has lost its blocks; it begins anew."""
+        with self._changed:
+            entry = self._held.get(request_id)
+            if entry is not None and not entry.kept:
+                entry.computed = None
+                entry.epoch += 1
+
+    def stop(self, request_id: str) -> None:
+        """Take note that a running prefill has ended, and is not kept."""
+        with self._changed:
+            entry = self._held.get(request_id)
+            if entry is not None and not entry.kept:
+                entry.computed = None
+                entry.epoch += 1
+                entry.outcome = entry.outcome or TransferReason.CANCELLED
+                self._forget(request_id, entry.outcome)
+
     def add(self, lease: Lease) -> None:
         """Keep a prefill from now on."""
         with self._changed:
-            expires_s = self._now_s() + self._lease_s
-            self._held[lease.request_id] = _Entry(lease, expires_s)
+            entry = self._held.get(lease.request_id)
+            if entry is None:
+                prefill = Prefill(
+                    request_id=lease.request_id,
+                    tokens=lease.tokens,
+                    prompt_digest=lease.prompt_digest,
+                    workload=lease.workload,
+                )
+                entry = self._held[lease.request_id] = _Entry(prefill, self.now_s())
+            elif lease.tokens != entry.prefill.tokens:
+                # nobody who was promised the whole prompt can use it
+                entry.outcome = entry.outcome or WireReason.RANGE_MISMATCH
+            entry.kept = True
+            entry.computed = Computed(
+                block_ids=lease.block_ids, tokens=lease.tokens, epoch=entry.epoch, whole=True
+            )
+            entry.model_s = lease.model_s
+            entry.expires_s = self.now_s() + self._lease_s
+            if entry.outcome is not None:
+                self._end(lease.request_id, entry.outcome)
             self._changed.notify_all()
 
-    def claim(self, request_id: str, wait_s: float) -> Lease:
-        """Take a lease for sending; the caller must `end` it.
+    def claim(self, request_id: str, wait_s: float) -> Claim:
+        """Take a finished prefill for sending; the caller must `end` it.
 
-        A consumer can be faster than the news of the prefill's end, so an unknown lease is waited for.
+        A consumer can be faster than the news of the prefill's end, so it is waited for.
 
         Args:
             request_id: Which one.
@@ -63,35 +238,62 @@ class LeaseBook:
         Raises:
             TransferError: It has ended, is being sent already, or did not appear.
         """
-        deadline_s = self._now_s() + wait_s
         with self._changed:
-            while (entry := self._held.get(request_id)) is None:
-                if (reason := self._reasons.get(request_id)) is not None:
-                    raise TransferError(TransferReason.EXPIRED, f"the prefill has ended: {reason}")
-                left_s = deadline_s - self._now_s()
-                if left_s <= 0:
-                    raise TransferError(
-                        TransferReason.EXPIRED, f"no prefill {request_id!r} is held"
-                    )
-                self._changed.wait(left_s)
-            if entry.claimed:
-                raise TransferError(
-                    TransferReason.PEER_REFUSED, "the prefill is being sent already"
-                )
-            entry.claimed = True
-            return entry.lease
+            self._changed.wait_for(
+                lambda: (
+                    request_id in self._reasons
+                    or ((entry := self._held.get(request_id)) is not None and entry.kept)
+                ),
+                wait_s,
+            )
+            entry = self._held.get(request_id)
+            return self._claim(request_id, entry if entry and entry.kept else None)
+
+    def claim_transfer(self, transfer_id: str) -> Claim | None:
+        """Take a prefill for sending, before it has finished or after; the caller must `end` it.
+
+        Returns:
+            None if it has not arrived yet.
+
+        Raises:
+            TransferError: It has ended, or is being sent already.
+        """
+        with self._changed:
+            if transfer_id not in self._names and transfer_id not in self._reasons:
+                return None
+            return self._claim(transfer_id, self._held.get(self._names.get(transfer_id, "")))
+
+    def wait(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until something holds that changes as prefills go on; tell whether it does."""
+        with self._changed:
+            return self._changed.wait_for(holds, timeout_s)
 
     def end(self, request_id: str, reason: str) -> None:
-        """End a lease; one that is not held is left alone."""
+        """End a lease, or have it end as soon as its prefill has; one that is not known is left alone."""
         with self._changed:
             self._end(request_id, reason)
 
-    def release(self, request_id: str) -> None:
-        """End a lease that its consumer does not need, unless it is being sent."""
+    def release(self, name: str, *, transfer: bool = False) -> None:
+        """End a lease that its consumer does not need, unless it is being sent.
+
+        Args:
+            name: Its request, or its transfer, which may come later.
+            transfer: Which of both.
+        """
         with self._changed:
-            entry = self._held.get(request_id)
-            if entry is not None and not entry.claimed:
-                self._end(request_id, RELEASED)
+            entry = self._held.get(self._names.get(name, "") if transfer else name)
+            if entry is None and transfer:
+                self._remember(name, RELEASED)
+            elif entry is not None and not entry.claimed:
+                self._end(entry.prefill.request_id, RELEASED)
+
+    def renew(self, names: Iterable[str]) -> None:
+        """Begin the time of leases anew whose consumers still want them."""
+        with self._changed:
+            for name in names:
+                entry = self._held.get(self._names.get(name, name))
+                if entry is not None and entry.kept:
+                    entry.expires_s = self.now_s() + self._lease_s
 
     def take_ended(self) -> tuple[set[str], dict[str, int]]:
         """Return the requests whose blocks are free since the last call, and how many ended by which reason.
@@ -99,11 +301,11 @@ class LeaseBook:
         Leases that nobody claimed in time end here.
         """
         with self._changed:
-            now_s = self._now_s()
+            now_s = self.now_s()
             for request_id in [
                 key
                 for key, entry in self._held.items()
-                if not entry.claimed and entry.expires_s <= now_s
+                if entry.kept and not entry.claimed and entry.expires_s <= now_s
             ]:
                 self._end(request_id, TransferReason.EXPIRED)
             ended, self._ended = set(self._ended), []
@@ -114,13 +316,42 @@ class LeaseBook:
         with self._changed:
             return len(self._held)
 
+    def _claim(self, name: str, entry: _Entry | None) -> Claim:
+        if entry is None or entry.outcome is not None:
+            reason = self._reasons.get(name) if entry is None else entry.outcome
+            detail = (
+                f"no prefill {name!r} is held"
+                if reason is None
+                else f"the prefill has ended: {reason}"
+            )
+            raise TransferError(TransferReason.EXPIRED, detail)
+        if entry.claimed:
+            raise TransferError(TransferReason.PEER_REFUSED, "the prefill is being sent already")
+        entry.claimed = True
+        return Claim(self, entry)
+
     def _end(self, request_id: str, reason: str) -> None:
-        if self._held.pop(request_id, None) is None:
+        entry = self._held.get(request_id)
+        if entry is None:
+            return
+        if not entry.kept:
+            # the engine has its blocks until it finishes
+            entry.outcome = str(reason)
             return
         self._ended.append(request_id)
         self._counts[str(reason)] += 1
-        # remembered for a while, so that a late consumer is told at once
-        self._reasons[request_id] = str(reason)
+        self._forget(request_id, reason)
+
+    def _forget(self, request_id: str, reason: str) -> None:
+        entry = self._held.pop(request_id)
+        self._remember(request_id, reason)
+        if (name := entry.prefill.transfer_id) is not None:
+            self._names.pop(name, None)
+            self._remember(name, reason)
+        self._changed.notify_all()
+
+    def _remember(self, name: str, reason: str) -> None:
+        """Keep an end for a while, so that a late consumer is told at once."""
+        self._reasons[name] = str(reason)
         while len(self._reasons) > MAX_ENDED:
             self._reasons.popitem(last=False)
-        self._changed.notify_all()

@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from kvserve_connector.handover import Lease, Load
+from kvserve_connector.handover import Lease, Load, Prefill, Progress
 from kvserve_connector.remote import Remote
 
 
@@ -16,14 +16,24 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """The news of one engine step.
 
     Attributes:
+        prefills: Prefills for consumers that arrived.
+        progress: How far those that this step computes are after it.
+        preempted: Prefills that lost their blocks and begin anew.
+        stopped: Prefills that ended without being kept.
         leases: Prefills that finished.
+        wanted: Prefills elsewhere whose requests have arrived here, and wait for room.
         loads: Fetches to start.
         releases: Prefills elsewhere that nobody will fetch.
         cancelled: Fetches to stop, because their request was aborted.
         unserved: Prefills for a consumer that can't be served here.
     """
 
+    prefills: list[Prefill] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
+    wanted: list[Remote] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     releases: list[Remote] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)

@@ -1,16 +1,21 @@
 """The bytes between a consumer and a producer: small control messages and coded chunks, in frames.
 
-A frame is a header of 16 bytes, ``magic(4) kind(1) reserved(3) length(4) crc32 of what precedes(4)``, little-endian,
-and a body of ``length`` bytes. A control message's body is JSON, preceded by its own CRC-32; a chunk's body is a
-self-describing blob with checksums of its own. Over one connection, one transfer after the other:
+A frame is a header of 16 bytes, ``magic(4) kind(1) reserved(1) index(2) length(4) crc32 of what precedes(4)``,
+little-endian, and a body of ``length`` bytes. A control message's body is JSON, preceded by its own CRC-32; a chunk's
+body is a self-describing blob with checksums of its own. Over one connection, one transfer after the other:
 
     consumer                      producer
     PULL {what, who I am}   →
+                            ←     WAIT  (once a second, whenever the prefill is not so far)
                             ←     ACCEPT {profile, plan}   or   REFUSE {reason, detail}
                             ←     CHUNK blob  (as often as the plan says)
                             ←     END {times, link}        or   REFUSE
     DONE                    →     the blocks are free
     RELEASE {what}          →     (instead of PULL: nobody will fetch this)
+    RENEW {what}            →     (likewise: these will be fetched, keep them)
+
+A PULL that names a transfer may come before its prefill has ended. Its chunks come in any order; their headers say
+which they are.
 """
 
 import json
@@ -30,13 +35,14 @@ from kvserve_connector.chunks import Chunk
 from kvserve_connector.remote import MAX_ID, MAX_TOKENS
 
 MAGIC: Final = b"KVT1"
-HEADER: Final = struct.Struct("<4sB3xII")
+HEADER: Final = struct.Struct("<4sBxHII")
 HEADER_BYTES: Final = HEADER.size
 MAX_MESSAGE_BYTES: Final = 1 << 20
 MAX_CHUNKS: Final = 8192
 MAX_STAGES: Final = 256
 MAX_BUNDLES: Final = 64
 MAX_PARTS: Final = 1024
+MAX_RENEWED: Final = 1024
 PROTOCOL: Final = 1
 _CRC = struct.Struct("<I")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -52,19 +58,22 @@ class Kind(IntEnum):
     END = 5
     DONE = 6
     RELEASE = 7
+    WAIT = 8
+    RENEW = 9
 
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """A checked frame header: what follows, and how many bytes of it."""
+    """A checked frame header: what follows, how many bytes of it, and of a chunk its place in the plan."""
 
     kind: Kind
     length: int
+    index: int = 0
 
 
-def pack_header(kind: Kind, length: int) -> bytes:
+def pack_header(kind: Kind, length: int, index: int = 0) -> bytes:
     """Return a frame's header."""
-    head = HEADER.pack(MAGIC, kind, length, 0)[: -_CRC.size]
+    head = HEADER.pack(MAGIC, kind, index, length, 0)[: -_CRC.size]
     return head + _CRC.pack(zlib.crc32(head))
 
 
@@ -76,13 +85,13 @@ def parse_header(data: bytes) -> FrameHeader:
     """
     if len(data) != HEADER_BYTES:
         raise WireError(WireReason.TRUNCATED, f"a frame header has {HEADER_BYTES} bytes")
-    magic, kind, length, crc = HEADER.unpack(data)
+    magic, kind, index, length, crc = HEADER.unpack(data)
     if magic != MAGIC:
         raise WireError(WireReason.BAD_MAGIC, f"a frame starts with {MAGIC!r}, got {magic!r}")
     if crc != zlib.crc32(data[: -_CRC.size]):
         raise WireError(WireReason.CHECKSUM_MISMATCH, "a frame header is damaged")
     try:
-        return FrameHeader(Kind(kind), length)
+        return FrameHeader(Kind(kind), length, index)
     except ValueError as error:
         raise WireError(WireReason.UNSUPPORTED_VERSION, f"no frame has kind {kind}") from error
 
@@ -115,7 +124,7 @@ class Pull:
 
     Attributes:
         engine_id: The producer's run that holds the KV.
-        request_id: The request's name there.
+        request_id: The request's name there, or the transfer's.
         tokens: Which tokens are wanted.
         prompt_digest: What they must have been computed from.
         fingerprint: The consumer's model.
@@ -125,6 +134,7 @@ class Pull:
         bundles: Digests of the calibration bundles that it has ready.
         budget_s: Seconds until it gives up.
         traceparent: Its transfer span.
+        transfer: Whether a transfer is named, whose prefill may not have ended.
     """
 
     engine_id: str
@@ -138,16 +148,19 @@ class Pull:
     traceparent: str | None
     bundles: frozenset[str] = frozenset()
     blocks: str = ""
+    transfer: bool = False
 
     def pack(self) -> bytes:
         """Return the frame."""
         # a producer that knows no bundles must not stumble over a consumer that has none
         bundles = {"bundles": sorted(self.bundles)} if self.bundles else {}
         blocks = {"blocks": self.blocks} if self.blocks else {}
+        transfer = {"transfer": True} if self.transfer else {}
         return pack_message(
             Kind.PULL,
             bundles
             | blocks
+            | transfer
             | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
@@ -185,6 +198,7 @@ class Pull:
                 blocks=fields.string("blocks", "", max_length=80),
                 budget_s=fields.number("budget_s", minimum=0, maximum=3600),
                 traceparent=fields.string("traceparent", None, max_length=128),
+                transfer=fields.boolean("transfer", False),
             )
             layout.done()
             fields.done()
@@ -262,17 +276,21 @@ class End:
     Attributes:
         encode_s: Seconds of encoding, summed over the chunks.
         goodput_bytes_per_s: Its estimate of the link.
+        waited_s: Seconds in which nothing was to be sent, because the prefill was not so far.
+        model_s: As in `Accept`, of a prefill that had not ended then.
     """
 
     encode_s: float
     goodput_bytes_per_s: float
+    waited_s: float = 0.0
+    model_s: float = 0.0
 
     def pack(self) -> bytes:
         """Return the frame."""
-        return pack_message(
-            Kind.END,
-            {"encode_s": self.encode_s, "goodput_bytes_per_s": self.goodput_bytes_per_s},
-        )
+        value = {"encode_s": self.encode_s, "goodput_bytes_per_s": self.goodput_bytes_per_s}
+        if self.waited_s or self.model_s:
+            value |= {"waited_s": self.waited_s, "model_s": self.model_s}
+        return pack_message(Kind.END, value)
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -282,6 +300,8 @@ class End:
             end = cls(
                 encode_s=fields.number("encode_s", minimum=0),
                 goodput_bytes_per_s=fields.number("goodput_bytes_per_s", minimum=0),
+                waited_s=fields.number("waited_s", 0.0, minimum=0),
+                model_s=fields.number("model_s", 0.0, minimum=0),
             )
             fields.done()
         except SpecError as error:
@@ -317,15 +337,22 @@ class Refuse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
-    """A consumer's word that nobody will fetch a prefill."""
+    """A consumer's word that nobody will fetch a prefill.
+
+    Attributes:
+        engine_id: The producer's run.
+        request_id: The request's name there, or the transfer's.
+        transfer: Which of both.
+    """
 
     engine_id: str
     request_id: str
+    transfer: bool = False
 
     def pack(self) -> bytes:
         """Return the frame."""
-        value = {"engine_id": self.engine_id, "request_id": self.request_id}
-        return pack_message(Kind.RELEASE, value)
+        value: dict[str, Any] = {"engine_id": self.engine_id, "request_id": self.request_id}
+        return pack_message(Kind.RELEASE, value | ({"transfer": True} if self.transfer else {}))
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -335,11 +362,38 @@ class Release:
             release = cls(
                 engine_id=fields.string("engine_id", max_length=MAX_ID),
                 request_id=fields.string("request_id", max_length=MAX_ID),
+                transfer=fields.boolean("transfer", False),
             )
             fields.done()
         except SpecError as error:
             raise WireError(WireReason.MALFORMED, f"RELEASE: {error}") from error
         return release
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Renew:
+    """A consumer's word that it will still fetch prefills, for which it has no room yet.
+
+    Attributes:
+        names: The requests' names at the producer, or the transfers'.
+    """
+
+    names: tuple[str, ...]
+
+    def pack(self) -> bytes:
+        """Return the frame."""
+        return pack_message(Kind.RENEW, {"names": list(self.names)})
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read the message; `WireError` if anything in it is wrong."""
+        try:
+            fields = _fields(body)
+            renew = cls(names=tuple(map(_id, fields.items("names", max_items=MAX_RENEWED))))
+            fields.done()
+        except SpecError as error:
+            raise WireError(WireReason.MALFORMED, f"RENEW: {error}") from error
+        return renew
 
 
 def _fields(body: bytes) -> Fields:
@@ -353,6 +407,12 @@ def _name(value: str, where: str) -> str:
     # it becomes a label of metrics
     if not NAME_PATTERN.fullmatch(value):
         raise SpecError(where, f"must be a profile's name, got {value!r}")
+    return value
+
+
+def _id(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_ID:
+        raise SpecError("names", f"must be strings of at most {MAX_ID} characters")
     return value
 
 

@@ -1,7 +1,10 @@
 """Where a prefill's KV waits: what travels from prefill to decode in a request's ``kv_transfer_params``.
 
-The keys are those of vLLM's NIXL connector, so that routers made for it work unchanged; two of our own are added. What
-arrives came through a client, so it is read like any other foreign input.
+The keys are those of vLLM's NIXL connector, so that routers made for it work unchanged; some of our own are added. A
+router that sends a request to both pods at once can't wait for the prefill's answer: it gives both the same
+``transfer_id``, and the decode pod the address, or as vLLM's Mooncake connector has it, the engine's name as the
+prefill pod's bootstrap server told it. Ours has the address in that name. What arrives came through a client, so it is
+read like any other foreign input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from kvserve_api.fields import Fields
 
 PROTOCOL_KEY: Final = "kvserve_protocol"
 TRACE_KEY: Final = "kvserve_traceparent"
+TRANSFER_KEY: Final = "transfer_id"
 PROTOCOL: Final = 1
 MAX_ID: Final = 512
 MAX_TOKENS: Final = 1 << 24
@@ -20,15 +24,16 @@ MAX_TOKENS: Final = 1 << 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remote:
-    """A finished prefill in another engine.
+    """A prefill in another engine, finished unless it is named by its transfer.
 
     Attributes:
         host: Address of its transfer server.
         port: Port of it.
-        engine_id: Identity of that run of the engine.
-        request_id: The request's name there.
-        tokens: Tokens whose KV it holds.
+        engine_id: Identity of that run of the engine; empty where only the transfer is known.
+        request_id: The request's name there, or the transfer's.
+        tokens: Tokens whose KV it holds; 0 where that is not known.
         traceparent: W3C trace context of the prefill; None if it was not traced.
+        transfer: Whether it is named by its transfer, and may not have begun.
     """
 
     host: str
@@ -37,6 +42,7 @@ class Remote:
     request_id: str
     tokens: int
     traceparent: str | None = None
+    transfer: bool = False
 
     def to_params(self, block_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the answer's ``kv_transfer_params``; the block ids are there for routers only."""
@@ -62,6 +68,8 @@ class Remote:
             SpecError: A value is missing or wrong, or the prefill was not made by a KVServe connector.
         """
         fields = Fields(params, "kv_transfer_params")
+        if params.get(TRANSFER_KEY) and params.get("remote_request_id") is None:
+            return cls._of_transfer(fields)
         if fields.integer(PROTOCOL_KEY) != PROTOCOL:
             raise SpecError(f"kv_transfer_params.{PROTOCOL_KEY}", f"must be {PROTOCOL}")
         return cls(
@@ -72,3 +80,43 @@ class Remote:
             tokens=fields.integer("remote_num_tokens", minimum=1, maximum=MAX_TOKENS),
             traceparent=fields.string(TRACE_KEY, None, max_length=128),
         )
+
+    @classmethod
+    def _of_transfer(cls, fields: Fields) -> Self:
+        """Read the parameters of a decode request that was sent at the same time as its prefill."""
+        if fields.has("remote_host"):
+            host = fields.string("remote_host", max_length=255)
+            port = fields.integer("remote_port", minimum=1, maximum=65_535)
+            engine_id = ""
+        else:
+            name = fields.string("remote_engine_id", max_length=MAX_ID)
+            engine_id, host, port = parse_engine_name(name)
+        return cls(
+            host=host,
+            port=port,
+            engine_id=engine_id,
+            request_id=fields.string(TRANSFER_KEY, max_length=MAX_ID),
+            tokens=0,
+            transfer=True,
+        )
+
+
+def engine_name(engine_id: str, host: str, port: int) -> str:
+    """Return the name by which a producer's bootstrap server makes its engine known."""
+    return f"{engine_id}@{host}:{port}"
+
+
+def parse_engine_name(name: str) -> tuple[str, str, int]:
+    """Return the engine's identity, host and port.
+
+    Raises:
+        SpecError: It is not the name of a KVServe engine.
+    """
+    engine_id, at, address = name.rpartition("@")
+    host, colon, port = address.rpartition(":")
+    if not (at and host and colon and port.isdecimal() and 0 < int(port) < 65_536):
+        raise SpecError(
+            "kv_transfer_params.remote_engine_id",
+            f"must be ID@HOST:PORT of a producer, got {name!r}",
+        )
+    return engine_id, host, int(port)

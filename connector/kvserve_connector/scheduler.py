@@ -13,12 +13,13 @@ from kvserve_api.names import XARG_WORKLOAD
 from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN
 from kvserve_connector import tracing
 from kvserve_connector.engine import Engine
-from kvserve_connector.handover import Lease, Load, prompt_digest
+from kvserve_connector.handover import Lease, Load, Prefill, Progress, prompt_digest
 from kvserve_connector.metadata import ServerAddress, StepMetadata
-from kvserve_connector.remote import Remote
+from kvserve_connector.remote import MAX_ID, TRANSFER_KEY, Remote
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -51,17 +52,66 @@ class SchedulerHalf:
         self._address: ServerAddress | None = None
         self._step = StepMetadata()
         self._loading: set[str] = set()
+        self._prefilling: dict[str, Request] = {}
+        self._computed: dict[str, int] = {}
 
     def set_address(self, address: ServerAddress) -> None:
         """Take note of where the worker half's transfer server listens."""
         self._address = address
 
     def arrived(self, request: "Request") -> None:
-        """Shorten a prompt that is prefilled for a consumer by what the consumer must compute itself."""
-        held_back = self._engine.held_back
+        """Announce a prefill for a consumer, and leave to it what it must compute itself; or announce a consumer."""
+        if (remote := self._remote(request)) is not None:
+            self._step.wanted.append(remote)
         params = request.kv_transfer_params
         if not (self._is_producer and params and params.get("do_remote_decode") is True):
             return
+        self._shorten(request, params)
+        if self._address is None or not _transferable(request):
+            return
+        self._prefilling[request.request_id] = request
+        self._step.prefills.append(
+            Prefill(
+                request_id=request.request_id,
+                transfer_id=_transfer_id(params),
+                tokens=request.num_prompt_tokens,
+                prompt_digest=_digest(request, request.num_prompt_tokens),
+                workload=_workload(request),
+            )
+        )
+
+    def scheduled(self, output: "SchedulerOutput") -> None:
+        """Tell how far each prefill for a consumer will be after the step that was scheduled."""
+        if not self._prefilling:
+            return
+        blocks = output.kv_connector_block_state
+        for request_id in output.preempted_req_ids or ():
+            if self._computed.pop(request_id, 0):
+                self._step.preempted.append(request_id)
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self._prefilling.get(request_id)
+            if request is None or blocks is None:
+                continue
+            known = self._computed.get(request_id, 0)
+            if min(request.num_computed_tokens, request.num_prompt_tokens) < known:
+                # what was computed turned out to be of no use
+                self._step.preempted.append(request_id)
+            elif known == request.num_prompt_tokens:
+                continue
+            tokens = min(request.num_computed_tokens + count, request.num_prompt_tokens)
+            block_ids = blocks.get_block_ids(request_id)
+            if block_ids is None:
+                continue
+            self._computed[request_id] = tokens
+            self._step.progress.append(
+                Progress(
+                    request_id=request_id, block_ids=self._held(block_ids, tokens), tokens=tokens
+                )
+            )
+
+    def _shorten(self, request: "Request", params: dict[str, Any]) -> None:
+        """Take off a prompt's end what its consumer computes itself."""
+        held_back = self._engine.held_back
         # once only: a request that was preempted arrives again
         if not held_back or params.get(_SHORTENED) or request.num_prompt_tokens <= held_back:
             return
@@ -112,6 +162,16 @@ class SchedulerHalf:
         if request.request_id in self._loading:
             self._loading.discard(request.request_id)
             self._step.cancelled.append(request.request_id)
+        self._computed.pop(request.request_id, None)
+        announced = self._prefilling.pop(request.request_id, None) is not None
+        kept, answer = self._end(request, block_ids)
+        if announced and not kept:
+            self._step.stopped.append(request.request_id)
+        return kept, answer
+
+    def _end(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         params = request.kv_transfer_params or {}
         if (remote := self._remote(request)) is not None:
             # aborted before it was scheduled, or refused by the front end, which then finishes a stand-in with the
@@ -195,6 +255,9 @@ class SchedulerHalf:
     def _fits(self, request: "Request", remote: Remote) -> bool:
         """Tell whether what waits there can be this request's KV."""
         fetchable = self._fetchable(request)
+        if remote.transfer:
+            # how many tokens it has is compared when it is pulled
+            return _transferable(request) and fetchable > 0
         # of a prompt that is too short to be held back, the prefill holds what is of no use
         if _transferable(request) and (remote.tokens == fetchable or fetchable == 0):
             return True
@@ -210,6 +273,12 @@ class SchedulerHalf:
 def _transferable(request: "Request") -> bool:
     """Tell whether the prompt is known by its tokens; one given as embeddings has no identity to compare."""
     return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
+
+
+def _transfer_id(params: dict[str, Any]) -> str | None:
+    """Return the name by which a router tells a consumer of a prefill; None if it does not, or not as one can."""
+    name = params.get(TRANSFER_KEY)
+    return name if isinstance(name, str) and 0 < len(name) <= MAX_ID else None
 
 
 def _digest(request: "Request", tokens: int) -> str:

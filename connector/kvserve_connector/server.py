@@ -4,10 +4,10 @@ import logging
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 from kvserve_api.errors import (
@@ -28,24 +28,61 @@ from kvserve_api.telemetry import (
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
-from kvserve_connector.chunks import Chunk, plan_form
+from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.encoder import Encoder
 from kvserve_connector.frames import FrameSocket
-from kvserve_connector.handover import Lease
-from kvserve_connector.leases import SENT, LeaseBook
+from kvserve_connector.leases import SENT, Claim, LeaseBook
 from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
-from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release
+from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, Renew, pack_header
 from kvserve_connector.selector import Choice, Selector
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 128
+MAX_CONNECTIONS: Final = 512
 IDLE_S: Final = 300.0
 """How long a connection may stay open between transfers."""
-AHEAD: Final = 2
-"""Chunks that may be coded before they are sent: enough to overlap, and it bounds memory."""
+WAIT_S: Final = 1.0
+"""So often at least a consumer that waits for a prefill is told that it has not been forgotten."""
+
+
+class _Patience:
+    """Waits for one prefill, and tells its consumer every now and then that it has not been forgotten.
+
+    Args:
+        leases: Where the prefill is.
+        frames: The connection to the consumer.
+        every_s: How often, in seconds.
+        closed: Tells whether the producer ends.
+
+    Attributes:
+        waited_s: Seconds waited so far.
+    """
+
+    def __init__(
+        self,
+        leases: LeaseBook,
+        frames: FrameSocket,
+        every_s: float,
+        closed: Callable[[], bool],
+    ) -> None:
+        self._leases = leases
+        self._frames = frames
+        self._every_s = every_s
+        self._closed = closed
+        self.waited_s = 0.0
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds that changes as the prefill goes on."""
+        start_s = time.monotonic()
+        while not self._leases.wait(holds, self._every_s):
+            if self._closed():
+                raise TransferError(TransferReason.CANCELLED, "the producer ends")
+            # fails when the consumer is gone, or its time is over
+            self._frames.send(pack_header(Kind.WAIT, 0))
+        self.waited_s += time.monotonic() - start_s
 
 
 class TransferServer:
@@ -61,6 +98,7 @@ class TransferServer:
         coders: Threads that read the cache and encode.
         metrics: Where outcomes are counted.
         bundles: The calibration bundles of this pod.
+        step_tokens: Most tokens that the engine computes in one step.
     """
 
     def __init__(
@@ -74,17 +112,17 @@ class TransferServer:
         coders: Executor,
         metrics: Metrics,
         bundles: BundleBook,
+        step_tokens: int = 2048,
     ) -> None:
         self._config = config
         self._engine_id = engine_id
-        self._cache = cache
         self._form = cache.form
         self._leases = leases
         self._selector = selector
         self._links = links
-        self._coders = coders
         self._metrics = metrics
-        self._coder = ChunkCoder(cache.form, bundles.find)
+        self._step_tokens = step_tokens
+        self._encoder = Encoder(cache, ChunkCoder(cache.form, bundles.find), coders)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
         family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
@@ -136,8 +174,10 @@ class TransferServer:
                     self._answer(frames, peer, Pull.parse(body))
                 elif header.kind == Kind.RELEASE:
                     release = Release.parse(body)
-                    if release.engine_id == self._engine_id:
-                        self._leases.release(release.request_id)
+                    if release.transfer or release.engine_id == self._engine_id:
+                        self._leases.release(release.request_id, transfer=release.transfer)
+                elif header.kind == Kind.RENEW:
+                    self._leases.renew(Renew.parse(body).names)
                 else:
                     logger.info("connection from %s ended: %s comes first", peer, header.kind.name)
                     return
@@ -160,9 +200,14 @@ class TransferServer:
 
     def _answer(self, frames: FrameSocket, peer: str, pull: Pull) -> None:
         """Send what one PULL asks for, or say why not."""
-        frames.set_budget(min(pull.budget_s, self._config.timeout_s))
+        most_s = self._config.timeout_s
+        if pull.transfer:
+            most_s += self._config.prefill_timeout_s
+        frames.set_budget(min(pull.budget_s, most_s))
         try:
-            lease = self._claim(pull, frames)
+            claim = (
+                self._claim_transfer(pull, frames) if pull.transfer else self._claim(pull, frames)
+            )
         except KVServeError as error:
             self._metrics.failed("send", error.reason)
             frames.send(Refuse(reason=error.reason, detail=str(error)).pack())
@@ -170,8 +215,8 @@ class TransferServer:
         # a lease that was claimed ends here, however this goes: the consumer does not ask twice
         outcome: str = TransferReason.CANCELLED
         try:
-            self._check(pull, lease)
-            self._send(frames, peer, pull, lease)
+            self._check(pull, claim)
+            self._send(frames, peer, pull, claim)
             outcome = SENT
         except KVServeError as error:
             outcome = error.reason
@@ -180,16 +225,39 @@ class TransferServer:
                 frames.send(Refuse(reason=error.reason, detail=str(error)).pack())
             raise
         finally:
-            self._leases.end(lease.request_id, outcome)
+            self._leases.end(claim.prefill.request_id, outcome)
 
-    def _claim(self, pull: Pull, frames: FrameSocket) -> Lease:
+    def _claim(self, pull: Pull, frames: FrameSocket) -> Claim:
         if pull.engine_id != self._engine_id:
             raise TransferError(
                 TransferReason.EXPIRED, f"engine {pull.engine_id!r} is gone; another runs here"
             )
         return self._leases.claim(pull.request_id, frames.left_s)
 
-    def _check(self, pull: Pull, lease: Lease) -> None:
+    def _claim_transfer(self, pull: Pull, frames: FrameSocket) -> Claim:
+        """Wait for a prefill of which the consumer may have heard first."""
+        # which run of the engine was meant does not matter: no other request has the transfer's name
+        found: list[Claim] = []
+        deadline_s = time.monotonic() + self._config.lease_s
+
+        def arrived() -> bool:
+            if (claim := self._leases.claim_transfer(pull.request_id)) is not None:
+                found.append(claim)
+            elif time.monotonic() > deadline_s:
+                raise TransferError(
+                    TransferReason.EXPIRED,
+                    f"no prefill came for transfer {pull.request_id!r} in {self._config.lease_s:g} s",
+                )
+            return claim is not None
+
+        self._patience(frames).wait(arrived)
+        return found[0]
+
+    def _patience(self, frames: FrameSocket) -> _Patience:
+        every_s = min(WAIT_S, self._config.stall_s / 3)
+        return _Patience(self._leases, frames, every_s, lambda: self._closed)
+
+    def _check(self, pull: Pull, claim: Claim) -> None:
         """Refuse a consumer for which these bytes would mean something else."""
         if pull.fingerprint != self._form.fingerprint:
             raise WireError(WireReason.MODEL_MISMATCH, "the consumer serves another model")
@@ -200,19 +268,23 @@ class TransferServer:
                 WireReason.LAYOUT_MISMATCH,
                 "the consumer's blocks hold something else: another vLLM, attention backend or cache dtype",
             )
-        if pull.tokens.stop != lease.tokens or pull.prompt_digest != lease.prompt_digest:
+        prefill = claim.prefill
+        if (pull.tokens.stop, pull.prompt_digest) != (prefill.tokens, prefill.prompt_digest):
             raise WireError(WireReason.RANGE_MISMATCH, "the consumer's prompt is another one")
 
-    def _send(self, frames: FrameSocket, peer: str, pull: Pull, lease: Lease) -> None:
+    def _send(self, frames: FrameSocket, peer: str, pull: Pull, claim: Claim) -> None:
         form = self._form
         native_bytes = form.native_bytes(pull.tokens)
-        chunks = plan_form(form, pull.tokens, self._config.chunk_layers)
+        # chosen when the work begins: until then it is not in the way of others
+        patience = self._patience(frames)
+        patience.wait(lambda: claim.computed is not None)
+        chunks = self._plan(pull, claim, 1)
         link = self._links.link(peer)
         coders = self._links.coders
         coders.follow(self._selector.table)
         known = link.snapshot(self._selector.prior_bytes_per_s, coders)
         choice = self._selector.choose(
-            lease.workload,
+            claim.prefill.workload,
             native_bytes=native_bytes,
             link=known,
             chunks=len(chunks),
@@ -224,9 +296,7 @@ class TransferServer:
             arrivals.add(time.monotonic(), native_bytes)
         if choice.pipeline.layer_step > 1:
             multiple = choice.pipeline.layer_step
-            chunks = plan_form(
-                form, pull.tokens, self._config.chunk_layers, layer_multiple=multiple
-            )
+            chunks = self._plan(pull, claim, multiple)
         self._metrics.selected(choice.selection)
         promise = Promise(
             link=link,
@@ -238,19 +308,32 @@ class TransferServer:
         promise.make()
         try:
             link.attach(frames.socket)
-            self._stream(frames, pull, lease, choice, chunks, promise)
+            self._stream(frames, pull, claim, choice, chunks, promise, patience)
         finally:
             link.detach(frames.socket)
             promise.end()
+
+    def _plan(self, pull: Pull, claim: Claim, layer_multiple: int) -> tuple[Chunk, ...]:
+        layers = self._config.chunk_layers
+        if claim.kept or self._form.opaque is not None:
+            return plan_form(self._form, pull.tokens, layers, layer_multiple=layer_multiple)
+        return plan_ahead(
+            self._form,
+            pull.tokens,
+            layers,
+            layer_multiple=layer_multiple,
+            step_tokens=self._step_tokens,
+        )
 
     def _stream(
         self,
         frames: FrameSocket,
         pull: Pull,
-        lease: Lease,
+        claim: Claim,
         choice: Choice,
         chunks: tuple[Chunk, ...],
         promise: Promise,
+        patience: _Patience,
     ) -> None:
         selection = choice.selection
         link = promise.link
@@ -262,17 +345,17 @@ class TransferServer:
                 predicted_s=selection.predicted_s,
                 version=choice.version,
                 pod=self._config.pod,
-                model_s=lease.model_s,
+                model_s=claim.model_s,
                 chunks=chunks,
             ).pack()
         )
         wire_bytes = 0
         encode_s = 0.0
         started_ns = time.time_ns()
-        encoded = self._encoded(choice, lease, chunks)
+        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience.wait)
         try:
-            for blob, seconds in encoded:
-                frames.send_chunk(blob)
+            for index, blob, seconds in encoded:
+                frames.send_chunk(blob, index)
                 link.sample(frames.socket)
                 promise.keep(1 / len(chunks))
                 if selection.profile != NONE:
@@ -283,7 +366,10 @@ class TransferServer:
             # waits for chunks that are still being coded: after this nobody reads the lease's blocks
             encoded.close()
         known = link.snapshot(self._selector.prior_bytes_per_s, promise.coders)
-        frames.send(End(encode_s=encode_s, goodput_bytes_per_s=known.bytes_per_s).pack())
+        end = End(encode_s=encode_s, goodput_bytes_per_s=known.bytes_per_s)
+        if pull.transfer:
+            end = replace(end, waited_s=patience.waited_s, model_s=claim.model_s)
+        frames.send(end.pack())
         # what is still on its way may take all the time there is
         frames.set_budget(frames.left_s, patient=True)
         done = frames.receive_header()
@@ -303,30 +389,3 @@ class TransferServer:
                 ATTR_WIRE_BYTES: wire_bytes,
             },
         )
-
-    def _encoded(
-        self, choice: Choice, lease: Lease, chunks: tuple[Chunk, ...]
-    ) -> Generator[tuple[memoryview, float], None, None]:
-        """Yield each chunk's blob and the seconds it took, coding a few ahead of the wire."""
-        waiting = iter(chunks)
-        ahead: deque[Future[tuple[memoryview, float]]] = deque()
-        try:
-            while True:
-                while len(ahead) < AHEAD and (chunk := next(waiting, None)) is not None:
-                    ahead.append(self._coders.submit(self._encode, choice, lease, chunk))
-                if not ahead:
-                    return
-                yield ahead[0].result()
-                ahead.popleft()
-        finally:
-            for future in ahead:
-                if not future.cancel():
-                    future.exception()
-
-    def _encode(self, choice: Choice, lease: Lease, chunk: Chunk) -> tuple[memoryview, float]:
-        start_s = time.perf_counter()
-        keys, values = self._cache.read(chunk, lease.block_ids)
-        part = self._form.parts[chunk.part]
-        after = 0 if part.whole_blocks else lease.tokens - chunk.tokens.stop
-        blob = self._coder.encode(choice.pipeline, chunk, keys, values, tokens_after=after)
-        return blob, time.perf_counter() - start_s

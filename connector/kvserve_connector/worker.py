@@ -22,6 +22,7 @@ from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control import ControlClient, Identity
 from kvserve_connector.engine import Engine
 from kvserve_connector.form import Form
+from kvserve_connector.handover import Progress
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
 from kvserve_connector.metadata import ServerAddress, StepMetadata
@@ -87,6 +88,10 @@ class WorkerHalf:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._warm: tuple[Pipeline, ...] = ()
+        self._cache: EngineCache | None = None
+        self._layers: dict[str, int] = {}
+        self._progress: list[Progress] = []
+        self._written_layers = 0
 
     def open(
         self, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
@@ -106,7 +111,11 @@ class WorkerHalf:
         self._control.start()
 
     def _serve(self, cache: EngineCache) -> None:
+        self._cache = cache
         self._form = cache.form
+        if cache.at_once and cache.form.opaque is None and not self._engine.splits_steps:
+            names = cache.form.parts[0].group.layer_names
+            self._layers = {name: index for index, name in enumerate(names)}
         self._coder = ChunkCoder(cache.form, self._bundles.find)
         if cache.form.opaque is not None:
             self._metrics.opened(cache.form.opaque)
@@ -134,6 +143,7 @@ class WorkerHalf:
                     self._coders,
                     self._metrics,
                     self._bundles,
+                    self._engine.step_tokens,
                 )
             except OSError as error:
                 where = f"{self._config.listen_host}:{self._config.listen_port}"
@@ -159,8 +169,37 @@ class WorkerHalf:
             return None
         return ServerAddress(host=self._config.advertise_host, port=self._server.port)
 
+    def let_go(self, step: StepMetadata) -> None:
+        """Take note of prefills that came, lost their blocks or ended; before the step writes anything."""
+        for prefill in step.prefills:
+            self._leases.begin(prefill)
+        for request_id in step.preempted:
+            self._leases.preempt(request_id)
+        for request_id in step.stopped:
+            self._leases.stop(request_id)
+
+    def layer_written(self, layer_name: str) -> None:
+        """Take note that the step has written a layer."""
+        # layers that come in another order count when the step has ended
+        if self._progress and self._layers.get(layer_name) == self._written_layers:
+            self._written_layers += 1
+            for progress in self._progress:
+                self._leases.advance(progress, layers=self._written_layers)
+
+    def step_written(self) -> None:
+        """Take note that the step has written all layers, or on a GPU will have."""
+        if self._progress and self._cache is not None:
+            written = self._cache.fence()
+            for progress in self._progress:
+                self._leases.advance(progress, written=written)
+        self._progress = []
+
     def take(self, step: StepMetadata) -> None:
         """Start what a step brings; nothing here waits."""
+        # whole blocks hold more than their first tokens: they are read when the prefill has ended
+        if self._form is not None and self._form.opaque is None:
+            self._progress = step.progress
+        self._written_layers = 0
         for lease in step.leases:
             self._leases.add(lease)
         for _ in range(step.unserved):
@@ -174,6 +213,8 @@ class WorkerHalf:
                     )
                 )
         else:
+            for remote in step.wanted:
+                self._client.expect(remote)
             for load in step.loads:
                 self._client.start(load)
             for remote in step.releases:

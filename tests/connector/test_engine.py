@@ -56,6 +56,7 @@ def look(*specs: Any, **parallel: int) -> Engine:
         parallel_config=SimpleNamespace(**(sizes | parallel)),
         model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: MODEL)),
         kv_transfer_config=SimpleNamespace(engine_id="e-1"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
     )
     cache_config = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups)
     return inspect(config, cache_config)

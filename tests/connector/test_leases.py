@@ -51,7 +51,7 @@ def test_claimed_lease_neither_expires_nor_is_released() -> None:
     clock = Clock()
     book = LeaseBook(10.0, clock)
     book.add(lease())
-    assert book.claim("a", 0.0) == lease()
+    assert book.claim("a", 0.0).prefill.request_id == "a"
     clock.now_s = 100.0
     book.release("a")
     assert book.take_ended() == (set(), {})
@@ -66,7 +66,7 @@ def test_claim_waits_for_news() -> None:
     """A claim that comes early gets the lease when it is there, and gives up when it does not come."""
     book = LeaseBook(10.0)
     threading.Timer(0.1, lambda: book.add(lease())).start()
-    assert book.claim("a", 5.0) == lease()
+    assert book.claim("a", 5.0).kept
     started_s = time.monotonic()
     with pytest.raises(TransferError, match="no prefill 'b'"):
         book.claim("b", 0.1)
@@ -84,3 +84,17 @@ def test_memory_of_ended_leases_is_bounded() -> None:
     with pytest.raises(TransferError, match="has ended"):
         book.claim(f"r{MAX_ENDED + 4}", 0.0)
     assert len(book.take_ended()[0]) == MAX_ENDED + 5
+
+
+def test_renewed_lease_lasts() -> None:
+    """A lease that its consumer renews lasts as long again from then, one that nobody renews does not."""
+    clock = Clock()
+    book = LeaseBook(10.0, clock)
+    for name in "ab":
+        book.add(lease(name))
+    clock.now_s = 6.0
+    book.renew(["a", "unknown"])
+    clock.now_s = 10.0
+    assert book.take_ended() == ({"b"}, {"Expired": 1})
+    clock.now_s = 16.0
+    assert book.take_ended() == ({"a"}, {"Expired": 1})

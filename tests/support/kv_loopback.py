@@ -19,7 +19,7 @@ from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.engine import Engine
 from kvserve_connector.form import Form, Part
 from kvserve_connector.groups import Group
-from kvserve_connector.handover import Lease, Load
+from kvserve_connector.handover import Lease, Load, Prefill, Progress
 from kvserve_connector.layout import PagedCache, split_content
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
@@ -117,6 +117,25 @@ class Pair:
         self.leases.add(lease)
         return lease
 
+    def begin(self, request_id: str, tokens: int, transfer_id: str | None = None) -> None:
+        """Have a prefill arrive."""
+        self.leases.begin(
+            Prefill(
+                request_id=request_id,
+                transfer_id=transfer_id,
+                tokens=tokens,
+                prompt_digest="d" * 32,
+                workload="default",
+            )
+        )
+
+    def advance(
+        self, request_id: str, tokens: int, block_ids: tuple[int, ...], layers: int | None = None
+    ) -> None:
+        """Have a prefill go on."""
+        progress = Progress(request_id=request_id, block_ids=(block_ids,), tokens=tokens)
+        self.leases.advance(progress, layers=layers)
+
     def load(
         self,
         request_id: str,
@@ -126,14 +145,16 @@ class Pair:
         port: int | None = None,
         engine_id: str = ENGINE.engine_id,
         prompt_digest: str = "d" * 32,
+        transfer: bool = False,
     ) -> Load:
         """Describe a fetch."""
         remote = Remote(
             host="127.0.0.1",
             port=port or self.server.port,
-            engine_id=engine_id,
+            engine_id="" if transfer else engine_id,
             request_id=request_id,
-            tokens=tokens.stop,
+            tokens=0 if transfer else tokens.stop,
+            transfer=transfer,
         )
         return Load(
             request_id=f"local-{request_id}",
@@ -183,6 +204,7 @@ def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: float) -> Iter
         ConnectorConfig(
             listen_host="127.0.0.1", listen_port=0, timeout_s=5.0, stall_s=1.0, chunk_layers=2
         ),
+        lease_s=lease_s,
         **settings,  # type: ignore[arg-type]
     )
     selector = Selector()
@@ -194,7 +216,7 @@ def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: float) -> Iter
     theirs = BundleBook(None, form.fingerprint, form.layout)
     encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     server = TransferServer(
-        config, ENGINE.engine_id, source, leases, selector, links, encoders, metrics, ours
+        config, ENGINE.engine_id, source, leases, selector, links, encoders, metrics, ours, 32
     )
     made: list[Pair] = []
     client = TransferClient(

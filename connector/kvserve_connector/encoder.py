@@ -1,0 +1,113 @@
+"""The chunks of one transfer on their way out of the cache: coded a few ahead of the wire, as a prefill makes them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Final, NamedTuple, TypeAlias
+
+from kvserve_connector.cache import EngineCache
+from kvserve_connector.chunks import Chunk
+from kvserve_connector.coding import ChunkCoder
+from kvserve_connector.leases import Claim
+from kvserve_strategies import Pipeline
+
+AHEAD: Final = 2
+"""Chunks that may be coded before they are sent: enough to overlap, and it bounds memory."""
+
+Wait: TypeAlias = Callable[[Callable[[], bool]], None]
+"""Waits until something holds of a prefill; raises if it can't come about, or takes too long."""
+
+
+class Coded(NamedTuple):
+    """A chunk as it goes on the wire.
+
+    Attributes:
+        place: Where in the plan it is.
+        blob: Its bytes.
+        encode_s: Seconds that coding it took.
+    """
+
+    place: int
+    blob: memoryview
+    encode_s: float
+
+
+class Encoder:
+    """Codes the chunks of transfers; safe from any thread.
+
+    Args:
+        cache: The engine's KV cache.
+        coder: What codes a chunk.
+        threads: Threads that read the cache and encode.
+    """
+
+    def __init__(self, cache: EngineCache, coder: ChunkCoder, threads: Executor) -> None:
+        self._cache = cache
+        self._coder = coder
+        self._threads = threads
+
+    def encoded(
+        self, claim: Claim, pipeline: Pipeline, chunks: Sequence[Chunk], wait: Wait
+    ) -> Generator[Coded, None, None]:
+        """Yield each chunk once, those that can be read first, else in order.
+
+        When the generator is closed, nobody reads the prefill's blocks any more.
+
+        Args:
+            claim: The prefill.
+            pipeline: The strategy.
+            chunks: The plan.
+            wait: Called when nothing can be read yet.
+
+        Raises:
+            TransferError: The prefill was aborted.
+            WireError: It does not hold the blocks that it should.
+        """
+        waiting = set(range(len(chunks)))
+        ahead: deque[tuple[int, Future[Coded | None]]] = deque()
+        try:
+            while waiting or ahead:
+                while len(ahead) < AHEAD and (index := _next(claim, chunks, waiting)) is not None:
+                    waiting.remove(index)
+                    future = self._threads.submit(
+                        self._encode, claim, pipeline, index, chunks[index]
+                    )
+                    ahead.append((index, future))
+                if not ahead:
+                    wait(lambda: _next(claim, chunks, waiting) is not None)
+                    continue
+                index, future = ahead[0]
+                coded = future.result()
+                ahead.popleft()
+                if coded is None:
+                    waiting.add(index)
+                else:
+                    yield coded
+        finally:
+            for _, future in ahead:
+                if not future.cancel():
+                    future.exception()
+
+    def _encode(self, claim: Claim, pipeline: Pipeline, index: int, chunk: Chunk) -> Coded | None:
+        """Code one chunk; None if the prefill was preempted meanwhile, and what was read may be another's."""
+        seen = claim.computed
+        if seen is None or not seen.holds(chunk):
+            return None
+        seen.written()
+        start_s = time.perf_counter()
+        keys, values = self._cache.read(chunk, seen.block_ids)
+        if not claim.valid(seen):
+            return None
+        part = self._cache.form.parts[chunk.part]
+        after = 0 if part.whole_blocks else claim.prefill.tokens - chunk.tokens.stop
+        blob = self._coder.encode(pipeline, chunk, keys, values, tokens_after=after)
+        return Coded(index, blob, time.perf_counter() - start_s)
+
+
+def _next(claim: Claim, chunks: Sequence[Chunk], waiting: Collection[int]) -> int | None:
+    """Return the first of the waiting chunks that can be read now."""
+    computed = claim.computed
+    if computed is None:
+        return None
+    return min((index for index in waiting if computed.holds(chunks[index])), default=None)
