@@ -31,6 +31,7 @@ class ConnectorConfig:
         timeout_s: Most seconds a transfer may take; then the request is recomputed.
         prefill_timeout_s: Most seconds more for one that is asked for before its prefill has ended.
         stall_s: Most seconds without a single byte; then the peer counts as lost.
+        encode_ahead_bytes: Most bytes of chunks that are coded before a consumer asks for them; 0 for none.
         chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
         codec_threads: Threads that encode and decode, next to the engine's own.
         pod: This pod's name.
@@ -52,6 +53,7 @@ class ConnectorConfig:
     timeout_s: float = 30.0
     prefill_timeout_s: float = 120.0
     stall_s: float = 10.0
+    encode_ahead_bytes: int = 0
     chunk_layers: int = 5
     codec_threads: int = 1
     pod: str = "pod"
@@ -99,6 +101,7 @@ class ConnectorConfig:
             timeout_s=fields.number("timeout_s", 30.0, minimum=0.1, maximum=3600),
             prefill_timeout_s=fields.number("prefill_timeout_s", 120.0, minimum=0.1, maximum=3600),
             stall_s=fields.number("stall_s", 10.0, minimum=0.1, maximum=3600),
+            encode_ahead_bytes=fields.integer("encode_ahead_bytes", 0, minimum=0, maximum=1 << 40),
             chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
             codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),
             pod=fields.string("pod", None, max_length=253) or env.get("POD_NAME") or os.uname()[1],

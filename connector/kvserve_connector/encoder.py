@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Final, NamedTuple, TypeAlias
 
@@ -33,6 +33,9 @@ class Coded(NamedTuple):
     encode_s: float
 
 
+_NOTHING: Final[Mapping[int, Coded]] = {}
+
+
 class Encoder:
     """Codes the chunks of transfers; safe from any thread.
 
@@ -48,7 +51,12 @@ class Encoder:
         self._threads = threads
 
     def encoded(
-        self, claim: Claim, pipeline: Pipeline, chunks: Sequence[Chunk], wait: Wait
+        self,
+        claim: Claim,
+        pipeline: Pipeline,
+        chunks: Sequence[Chunk],
+        wait: Wait,
+        ready: Mapping[int, Coded] = _NOTHING,
     ) -> Generator[Coded, None, None]:
         """Yield each chunk once, those that can be read first, else in order.
 
@@ -59,6 +67,7 @@ class Encoder:
             pipeline: The strategy.
             chunks: The plan.
             wait: Called when nothing can be read yet.
+            ready: What was coded before, by its place in the plan.
 
         Raises:
             TransferError: The prefill was aborted.
@@ -70,10 +79,7 @@ class Encoder:
             while waiting or ahead:
                 while len(ahead) < AHEAD and (index := _next(claim, chunks, waiting)) is not None:
                     waiting.remove(index)
-                    future = self._threads.submit(
-                        self._encode, claim, pipeline, index, chunks[index]
-                    )
-                    ahead.append((index, future))
+                    ahead.append((index, self._begin(claim, pipeline, index, chunks[index], ready)))
                 if not ahead:
                     wait(lambda: _next(claim, chunks, waiting) is not None)
                     continue
@@ -88,6 +94,24 @@ class Encoder:
             for _, future in ahead:
                 if not future.cancel():
                     future.exception()
+
+    def encode(self, claim: Claim, pipeline: Pipeline, place: int, chunk: Chunk) -> Coded | None:
+        """Code one chunk, behind those that are waiting; None if it can't be read now."""
+        return self._threads.submit(self._encode, claim, pipeline, place, chunk).result()
+
+    def _begin(
+        self,
+        claim: Claim,
+        pipeline: Pipeline,
+        place: int,
+        chunk: Chunk,
+        ready: Mapping[int, Coded],
+    ) -> Future[Coded | None]:
+        if (coded := ready.get(place)) is None:
+            return self._threads.submit(self._encode, claim, pipeline, place, chunk)
+        done: Future[Coded | None] = Future()
+        done.set_result(coded)
+        return done
 
     def _encode(self, claim: Claim, pipeline: Pipeline, index: int, chunk: Chunk) -> Coded | None:
         """Code one chunk; None if the prefill was preempted meanwhile, and what was read may be another's."""

@@ -263,6 +263,15 @@ class LeaseBook:
                 return None
             return self._claim(transfer_id, self._held.get(self._names.get(transfer_id, "")))
 
+    def unclaimed(self) -> list[Claim]:
+        """Return the prefills, running or kept, that nobody sends yet; they may be looked at, not ended."""
+        with self._changed:
+            return [
+                Claim(self, entry)
+                for entry in self._held.values()
+                if not entry.claimed and entry.outcome is None and entry.prefill.transfer_id is None
+            ]
+
     def wait(self, holds: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until something holds that changes as prefills go on; tell whether it does."""
         with self._changed:
@@ -338,6 +347,7 @@ class LeaseBook:
             # the engine has its blocks until it finishes
             entry.outcome = str(reason)
             return
+        entry.epoch += 1
         self._ended.append(request_id)
         self._counts[str(reason)] += 1
         self._forget(request_id, reason)

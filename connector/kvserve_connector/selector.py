@@ -188,6 +188,7 @@ class Selector:
         stages: frozenset[str],
         bundles: frozenset[str] = frozenset(),
         peer: str = "",
+        guess: bool = False,
     ) -> Choice:
         """Choose for one transfer; microseconds, no I/O, no lock.
 
@@ -201,6 +202,7 @@ class Selector:
             stages: What the consumer can decode.
             bundles: The calibration bundles that it has.
             peer: Who it is: what is in use is remembered for each.
+            guess: Only ask what would be chosen now: nothing is tried out, nothing remembered.
         """
         ready = self._ready
         if ready is None:
@@ -212,7 +214,7 @@ class Selector:
         key = (workload if workload in table.rows else DEFAULT_CLASS, peer)
         rule = table.rules[key[0]]
         credit: Credit | None = None
-        if rule.explore_share:
+        if rule.explore_share and not guess:
             credit = self._credits.get(key[0]) or self._credits.setdefault(key[0], Credit())
         incumbent = self._incumbents.get(key)
         allowance_s = 0.0 if credit is None else credit.allowance_s()
@@ -228,28 +230,29 @@ class Selector:
         )
         if credit is not None:
             credit.settle(selection.predicted_s, selection.extra_s, rule.explore_share)
-        if selection.bound != Bound.EXPLORED:
+        if selection.bound != Bound.EXPLORED and not guess:
             if len(self._incumbents) >= MAX_INCUMBENTS and key not in self._incumbents:
                 self._incumbents.clear()
             self._incumbents[key] = selection.wanted
         if table is not full and selection.profile == NONE:
             selection = _explain(selection, full, ready.pipelines)
-        self.decisions.append(
-            Decision(
-                self._wall_s(),
-                full.version,
-                peer,
-                key[0],
-                native_bytes,
-                chunks,
-                link,
-                rule.candidates,
-                incumbent or "",
-                # what a new class may spend is not limited yet
-                min(allowance_s, MOST_ALLOWANCE_S),
-                selection,
+        if not guess:
+            self.decisions.append(
+                Decision(
+                    self._wall_s(),
+                    full.version,
+                    peer,
+                    key[0],
+                    native_bytes,
+                    chunks,
+                    link,
+                    rule.candidates,
+                    incumbent or "",
+                    # what a new class may spend is not limited yet
+                    min(allowance_s, MOST_ALLOWANCE_S),
+                    selection,
+                )
             )
-        )
         name = selection.profile
         candidate = full.candidates[name]
         return Choice(

@@ -4,7 +4,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
@@ -26,18 +26,20 @@ from kvserve_api.telemetry import (
     SPAN_ENCODE,
 )
 from kvserve_connector import tracing
+from kvserve_connector.ahead import Ahead
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.encoder import Encoder
+from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.leases import SENT, Claim, LeaseBook
 from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, Renew, pack_header
 from kvserve_connector.selector import Choice, Selector
+from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,11 @@ class TransferServer:
         self._links = links
         self._metrics = metrics
         self._step_tokens = step_tokens
+        self._last: tuple[str, Pull] | None = None
         self._encoder = Encoder(cache, ChunkCoder(cache.form, bundles.find), coders)
+        self._ahead: Ahead | None = None
+        if config.encode_ahead_bytes and cache.form.opaque is None:
+            self._ahead = Ahead(config.encode_ahead_bytes, leases, self._encoder, self._plan_ahead)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
         family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
@@ -135,11 +141,15 @@ class TransferServer:
 
     def start(self) -> None:
         """Begin to accept connections."""
+        if self._ahead is not None:
+            self._ahead.start()
         self._thread.start()
 
     def close(self) -> None:
         """Stop accepting, and end what is under way."""
         self._closed = True
+        if self._ahead is not None:
+            self._ahead.close()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -279,24 +289,22 @@ class TransferServer:
         patience = self._patience(frames)
         patience.wait(lambda: claim.computed is not None)
         chunks = self._plan(pull, claim, 1)
+        self._last = (peer, pull)
         link = self._links.link(peer)
         coders = self._links.coders
         coders.follow(self._selector.table)
-        known = link.snapshot(self._selector.prior_bytes_per_s, coders)
-        choice = self._selector.choose(
-            claim.prefill.workload,
-            native_bytes=native_bytes,
-            link=known,
-            chunks=len(chunks),
-            stages=pull.stages,
-            bundles=pull.bundles,
-            peer=peer,
-        )
+        choice = self._choose(peer, pull, claim, len(chunks))
         for arrivals in (link.arrivals, coders.arrivals):
             arrivals.add(time.monotonic(), native_bytes)
         if choice.pipeline.layer_step > 1:
             multiple = choice.pipeline.layer_step
             chunks = self._plan(pull, claim, multiple)
+        ready: Mapping[int, Coded] = {}
+        if self._ahead is not None:
+            name = claim.prefill.request_id
+            stock = self._ahead.take(name, choice.pipeline, pull.tokens)
+            if stock is not None:
+                chunks, ready = tuple(stock.chunks), stock.coded
         self._metrics.selected(choice.selection)
         promise = Promise(
             link=link,
@@ -308,7 +316,7 @@ class TransferServer:
         promise.make()
         try:
             link.attach(frames.socket)
-            self._stream(frames, pull, claim, choice, chunks, promise, patience)
+            self._stream(frames, pull, claim, choice, chunks, promise, patience, ready)
         finally:
             link.detach(frames.socket)
             promise.end()
@@ -325,6 +333,35 @@ class TransferServer:
             step_tokens=self._step_tokens,
         )
 
+    def _choose(
+        self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
+    ) -> Choice:
+        known = self._links.link(peer).snapshot(
+            self._selector.prior_bytes_per_s, self._links.coders
+        )
+        return self._selector.choose(
+            claim.prefill.workload,
+            native_bytes=self._form.native_bytes(pull.tokens),
+            link=known,
+            chunks=chunks,
+            stages=pull.stages,
+            bundles=pull.bundles,
+            peer=peer,
+            guess=guess,
+        )
+
+    def _plan_ahead(self, claim: Claim) -> tuple[Pipeline, tuple[Chunk, ...]] | None:
+        """Plan for a prefill nobody has asked for as for a consumer like the last one; not before there was one."""
+        if self._last is None:
+            return None
+        peer, last = self._last
+        wish = replace(last, tokens=range(claim.prefill.tokens))
+        choice = self._choose(peer, wish, claim, len(self._plan(wish, claim, 1)), guess=True)
+        if choice.selection.profile == NONE:
+            # a copy is not worth its memory
+            return None
+        return choice.pipeline, self._plan(wish, claim, choice.pipeline.layer_step)
+
     def _stream(
         self,
         frames: FrameSocket,
@@ -334,6 +371,7 @@ class TransferServer:
         chunks: tuple[Chunk, ...],
         promise: Promise,
         patience: _Patience,
+        ready: Mapping[int, Coded],
     ) -> None:
         selection = choice.selection
         link = promise.link
@@ -352,7 +390,7 @@ class TransferServer:
         wire_bytes = 0
         encode_s = 0.0
         started_ns = time.time_ns()
-        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience.wait)
+        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience.wait, ready)
         try:
             for index, blob, seconds in encoded:
                 frames.send_chunk(blob, index)

@@ -13,7 +13,7 @@ from kvserve_strategies.artifacts import open_store
 from otlp_receiver import Receiver
 from random_bundles import write_sample
 from real_pair import LEASE_S, TIMEOUT_S, RealPair
-from vllm_servers import Plan, make_model, start
+from vllm_servers import Plan, free_port, make_model, start
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,7 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     controller.set_set(with_joint(pareto_of_presets(fingerprint), bundle))
     controller.set_policy(control={"mode": "Pinned", "pinnedProfile": "none"})
     controller.start()
+    bootstrap_port = free_port()
     extra = {
         "control_endpoint": f"127.0.0.1:{controller.port}",
         "policy": "default/chat",
@@ -53,7 +54,13 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         cores = sorted(os.sched_getaffinity(0))
         servers = [
             start(
-                Plan(role=role, core=core, extra=extra | {"pod": role.replace("_", "-")}),
+                Plan(
+                    role=role,
+                    core=core,
+                    extra=extra
+                    | {"pod": role.replace("_", "-")}
+                    | ({"bootstrap_port": bootstrap_port} if role == "kv_producer" else {}),
+                ),
                 tiny_model,
                 folder,
             )
@@ -62,7 +69,9 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         try:
             for server in servers:
                 server.wait_ready()
-            yield RealPair(tiny_model, folder, servers[0], servers[1], controller, receiver)
+            yield RealPair(
+                tiny_model, folder, servers[0], servers[1], controller, receiver, bootstrap_port
+            )
         finally:
             for server in servers:
                 server.stop()

@@ -26,7 +26,7 @@ from kvserve_api.telemetry import (
     Instrument,
 )
 from real_pair import LEASE_S, TIMEOUT_S, RealPair
-from vllm_servers import Plan, free_port, hand_over, make_prompt, post, prefill, start
+from vllm_servers import Plan, at_once, free_port, hand_over, make_prompt, post, prefill, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
@@ -133,18 +133,54 @@ def test_active_mode_chooses_by_the_link(real_pair: RealPair) -> None:
     assert real_pair.sent("int4-token") == lossy
 
 
-def test_behind_the_real_router(real_pair: RealPair, tmp_path: Path) -> None:
-    """An unmodified vllm-router in NIXL mode drives the pair."""
+@pytest.mark.parametrize("head_start_s", [0.0, 0.3], ids=["together", "decode-first"])
+def test_prefill_and_decode_at_once(real_pair: RealPair, head_start_s: float) -> None:
+    """Requests that both servers get at the same time have a single server's tokens, and their KV travels."""
+    real_pair.use("lossless")
+    where = real_pair.transfers_at()
+    sent, fetched = real_pair.sent("lossless"), real_pair.fetched_tokens()
+    for length in LENGTHS:
+        prompt = make_prompt(length, seed=300 + length)
+        alone = real_pair.consumer.text(prompt)
+        text = at_once(
+            real_pair.producer, real_pair.consumer, prompt, where, head_start_s=head_start_s
+        )
+        assert text == alone, length
+    assert soon(lambda: real_pair.sent("lossless") == sent + len(LENGTHS))
+    assert soon(lambda: real_pair.fetched_tokens() - fetched >= sum(LENGTHS) - len(LENGTHS))
+    assert soon(lambda: real_pair.producer.count("vllm:kv_cache_usage_perc") == 0)
+
+
+def test_many_at_once(real_pair: RealPair) -> None:
+    """Eight prefills that share the engine's steps, each with its decode request beside it, do not mix up their KV."""
+    real_pair.use("lossless")
+    where = real_pair.transfers_at()
+    prompts = [make_prompt(150 + 130 * index, seed=340 + index) for index in range(8)]
+    alone = [real_pair.consumer.text(prompt) for prompt in prompts]
+    failed = sum(real_pair.consumer.metrics("vllm:kvserve_transfer_failures_total").values())
+    with ThreadPoolExecutor(8) as pool:
+        handed = pool.map(
+            lambda p: at_once(real_pair.producer, real_pair.consumer, p, where), prompts
+        )
+        assert list(handed) == alone
+    now = sum(real_pair.consumer.metrics("vllm:kvserve_transfer_failures_total").values())
+    assert now == failed
+
+
+@pytest.mark.parametrize("connector", ["nixl", "mooncake"])
+def test_behind_the_real_router(real_pair: RealPair, tmp_path: Path, connector: str) -> None:
+    """An unmodified vllm-router drives the pair, one request after the other or both at once."""
     real_pair.use("lossless")
     port = free_port()
     sent = real_pair.sent("lossless")
+    bootstrap = [str(real_pair.bootstrap_port)] if connector == "mooncake" else []
     with (tmp_path / "router.log").open("wb") as log:
         router = subprocess.Popen(
             [
                 str(Path(sys.executable).parent / "vllm-router"), "--vllm-pd-disaggregation",
-                "--prefill", f"http://127.0.0.1:{real_pair.producer.port}",
+                "--prefill", f"http://127.0.0.1:{real_pair.producer.port}", *bootstrap,
                 "--decode", f"http://127.0.0.1:{real_pair.consumer.port}",
-                "--host", "127.0.0.1", "--port", str(port), "--kv-connector", "nixl",
+                "--host", "127.0.0.1", "--port", str(port), "--kv-connector", connector,
                 "--policy", "round_robin", "--prometheus-port", str(free_port()),
             ],
             stdout=log,

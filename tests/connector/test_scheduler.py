@@ -268,3 +268,127 @@ def test_a_worker_that_can_not_serve_is_counted() -> None:
     assert half.finished(request, ([5, 6, 7],)) == (False, None)
     assert half.take_step().unserved == 1
     assert half.take_step().unserved == 0
+
+
+def step(
+    half: Any,
+    counts: dict[str, int],
+    block_ids: dict[str, list[int]] | None = None,
+    preempted: tuple[str, ...] = (),
+) -> Any:
+    """Let a step be scheduled and return the news of it."""
+    half.scheduled(
+        SimpleNamespace(
+            num_scheduled_tokens=counts,
+            preempted_req_ids=set(preempted),
+            kv_connector_block_state=SimpleNamespace(
+                get_block_ids=lambda name: ((block_ids or {}).get(name, [5, 6, 7]),)
+            ),
+        )
+    )
+    return half.take_step()
+
+
+def test_running_prefill_is_announced_and_followed() -> None:
+    """A prefill for a consumer is named when it arrives, followed as it is computed, and never beyond its prompt."""
+    half = make_half()
+    request = make_request(37, do_remote_decode=True, transfer_id="xfer-1")
+    half.arrived(request)
+    (prefill,) = half.take_step().prefills
+    assert (prefill.request_id, prefill.transfer_id, prefill.tokens) == ("r1", "xfer-1", 37)
+    assert (prefill.prompt_digest, prefill.workload) == (prompt_digest(range(37)), "chat")
+    (progress,) = step(half, {"r1": 20, "other": 5}, {"r1": [5, 6]}).progress
+    assert (progress.tokens, progress.block_ids) == (20, ((5, 6),))
+    request.num_computed_tokens = 20
+    (progress,) = step(half, {"r1": 17}).progress
+    assert (progress.tokens, progress.block_ids) == (37, ((5, 6, 7),))
+    request.num_computed_tokens = 37
+    assert step(half, {"r1": 1}).progress == []
+    half.finished(finish(request, 37), ([5, 6, 7],))
+    news = half.take_step()
+    assert (len(news.leases), news.stopped) == (1, [])
+
+
+def test_cached_tokens_count_after_the_step() -> None:
+    """Tokens that the prefix cache holds are told with the first step: a neighbour may write them in the same one."""
+    half = make_half()
+    request = make_request(37, do_remote_decode=True)
+    half.arrived(request)
+    assert half.take_step().progress == []
+    request.num_computed_tokens = 32
+    (progress,) = step(half, {"r1": 5}).progress
+    assert progress.tokens == 37
+
+
+def test_preempted_prefill_begins_anew() -> None:
+    """Blocks that were taken away are let go in the same step, whether vLLM says so or merely computes again."""
+    for told in (True, False):
+        half = make_half()
+        request = make_request(37, do_remote_decode=True)
+        half.arrived(request)
+        step(half, {"r1": 20})
+        request.num_computed_tokens = 0
+        if told:
+            assert step(half, {}, preempted=("r1",)).preempted == ["r1"]
+        news = step(half, {"r1": 16}, {"r1": [9]})
+        assert news.preempted == ([] if told else ["r1"])
+        (progress,) = news.progress
+        assert (progress.tokens, progress.block_ids) == (16, ((9,),))
+
+
+@pytest.mark.parametrize("computed", [0, 20])
+def test_aborted_prefill_is_stopped(computed: int) -> None:
+    """A prefill that is aborted before or while it is computed is told as ended."""
+    half = make_half()
+    request = make_request(37, do_remote_decode=True, transfer_id="x")
+    half.arrived(request)
+    if computed:
+        step(half, {"r1": computed})
+    half.finished(finish(request, computed, "FINISHED_ABORTED"), ([5, 6],))
+    assert half.take_step().stopped == ["r1"]
+    assert step(half, {"r1": 1}).progress == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param({"remote_host": "10.0.0.7", "remote_port": 7790}, id="address"),
+        pytest.param(
+            {
+                "remote_engine_id": "e-1@10.0.0.7:7790",
+                "remote_bootstrap_addr": "http://10.0.0.7:8998",
+            },
+            id="bootstrap",
+        ),
+    ],
+)
+def test_decode_request_may_come_with_its_prefill(where: dict[str, Any]) -> None:
+    """A request that names a transfer is fetched under that name, whole, and renewed and released under it too."""
+    half = make_half()
+    request = make_request(37, do_remote_prefill=True, transfer_id="xfer-1", **where)
+    half.arrived(request)
+    (wanted,) = half.take_step().wanted
+    assert (wanted.host, wanted.port, wanted.request_id) == ("10.0.0.7", 7790, "xfer-1")
+    assert wanted.transfer
+    assert half.matched_tokens(request, BLOCK) == (37 - BLOCK, True)
+    half.allocated(request, blocks(3, 4, 9), 37 - BLOCK)
+    (load,) = half.take_step().loads
+    assert (load.remote, load.tokens) == (wanted, range(BLOCK, 37))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param({"remote_engine_id": "e-1", "remote_bootstrap_addr": "h:1"}, id="not-ours"),
+        pytest.param({"remote_engine_id": "e-1@10.0.0.7:0"}, id="no-port"),
+        pytest.param({"remote_host": "10.0.0.7"}, id="host-only"),
+        pytest.param({}, id="nowhere"),
+    ],
+)
+def test_transfers_of_others_are_computed_here(where: dict[str, Any]) -> None:
+    """A transfer whose producer is not named as one of ours offers no tokens."""
+    half = make_half()
+    request = make_request(37, do_remote_prefill=True, transfer_id="xfer-1", **where)
+    half.arrived(request)
+    assert half.matched_tokens(request, 0) == (0, False)
+    assert half.take_step().wanted == []

@@ -1,8 +1,11 @@
 """A pair of real vLLM servers with a controller, as tests use it."""
 
+import json
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from controller_process import ControllerProcess
 from otlp_receiver import Receiver
@@ -14,7 +17,7 @@ LEASE_S = 6.0
 
 @dataclass
 class RealPair:
-    """A producer and a consumer, their controller and their trace receiver."""
+    """A producer and a consumer, their controller, their trace receiver, and where routers look up the producer."""
 
     model: Path
     folder: Path
@@ -22,6 +25,7 @@ class RealPair:
     consumer: Server
     controller: ControllerProcess
     receiver: Receiver
+    bootstrap_port: int
 
     def failures(self, reason: str) -> float:
         """Return how many fetches failed for a reason."""
@@ -44,6 +48,15 @@ class RealPair:
     def leases(self, reason: str) -> float:
         """Return how many leases ended for a reason."""
         return self.producer.count("vllm:kvserve_leases_ended_total", f'reason="{reason}"')
+
+    def transfers_at(self) -> dict[str, Any]:
+        """Return where the producer serves transfers, as a router is told in a decode request."""
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.bootstrap_port}/query", timeout=5
+        ) as answer:
+            name = json.loads(answer.read())["0"]["engine_id"]
+        host, _, port = name.rpartition("@")[2].rpartition(":")
+        return {"remote_host": host, "remote_port": int(port)}
 
     def use(self, profile: str, timeout_s: float = 20) -> None:
         """Pin a profile, and wait until both servers have it."""

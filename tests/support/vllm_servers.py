@@ -9,7 +9,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,35 @@ def hand_over(
     """Do what a router does: prefill at one server, decode at the other; return the text."""
     params = prefill(producer, prompt, **extra)
     return consumer.text(prompt, max_tokens, kv_transfer_params=params, **extra)
+
+
+def at_once(
+    producer: Server,
+    consumer: Server,
+    prompt: str,
+    where: Mapping[str, Any],
+    max_tokens: int = 12,
+    *,
+    head_start_s: float = 0.0,
+) -> str:
+    """Do what a router does that sends a request to both servers at the same time; return the text.
+
+    Args:
+        producer: The prefill server.
+        consumer: The decode server.
+        prompt: The prompt.
+        where: ``remote_host`` and ``remote_port`` of the prefill server's transfers.
+        max_tokens: Tokens to generate.
+        head_start_s: Seconds that the decode request is earlier.
+    """
+    name = {"transfer_id": f"xfer-{uuid.uuid4()}"}
+    decode = {"do_remote_decode": False, "do_remote_prefill": True} | name | dict(where)
+    wish = {"do_remote_decode": True, "do_remote_prefill": False} | name
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(consumer.text, prompt, max_tokens, kv_transfer_params=decode)
+        time.sleep(head_start_s)
+        producer.complete(prompt, max_tokens=1, kv_transfer_params=wish)
+        return text.result(60)
 
 
 def post(port: int, path: str, body: Mapping[str, Any], timeout_s: float = 120) -> dict[str, Any]:
