@@ -117,7 +117,10 @@ def _no_wait() -> None:
 
 
 def open_cache(
-    engine: Engine, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
+    engine: Engine,
+    kv_caches: Mapping[str, torch.Tensor],
+    attention_layers: Mapping[str, Any],
+    rank: int = 0,
 ) -> EngineCache:
     """View the engine's cache in rows that can be carried.
 
@@ -125,6 +128,7 @@ def open_cache(
         engine: The engine's facts.
         kv_caches: vLLM's tensors by layer name; their first dimension are blocks, or equal parts of blocks.
         attention_layers: vLLM's attention layers by name.
+        rank: Which of the engine's tensor-parallel workers this is.
 
     Raises:
         UnsupportedError: The cache can't be carried, not even block by block.
@@ -137,11 +141,11 @@ def open_cache(
                 raise UnsupportedError(f"no KV cache was registered for layer {name}")
     if engine.layout is not None:
         try:
-            return _open_plain(engine, engine.layout, kv_caches, attention_layers)
+            return _open_plain(engine, engine.layout, kv_caches, attention_layers, rank)
         except UnsupportedError as error:
             logger.warning("%s; it is carried as whole blocks", error)
             engine = replace(engine, layout=None, opaque=Opaque.BACKEND)
-    return _open_blocks(engine, kv_caches, attention_layers)
+    return _open_blocks(engine, kv_caches, attention_layers, rank)
 
 
 def _open_plain(
@@ -149,6 +153,7 @@ def _open_plain(
     layout: KVLayout,
     kv_caches: Mapping[str, torch.Tensor],
     attention_layers: Mapping[str, Any],
+    rank: int,
 ) -> EngineCache:
     """View keys and values, ``[blocks, heads, block_tokens, 2 * head_dim]``, in canonical order."""
     group = engine.groups[0]
@@ -176,13 +181,16 @@ def _open_plain(
         else:
             raise UnsupportedError(f"the KV cache of attention backend {backend} is not known")
     part = Part(layout=layout, group=group, block_rows=step)
-    form = Form(fingerprint=engine.fingerprint, parts=(part,))
+    form = Form(fingerprint=engine.fingerprint, parts=(part,), rank=rank, ranks=engine.ranks)
     device = kv_caches[group.layer_names[0]].device
     return EngineCache(form, [PagedCache(views, layout, step)], device)
 
 
 def _open_blocks(
-    engine: Engine, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
+    engine: Engine,
+    kv_caches: Mapping[str, torch.Tensor],
+    attention_layers: Mapping[str, Any],
+    rank: int,
 ) -> EngineCache:
     """View whole blocks, of which nothing is known but their size."""
     from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout
@@ -215,6 +223,8 @@ def _open_blocks(
         parts=tuple(parts),
         opaque=engine.opaque,
         blocks=digest({"layers": described}),
+        rank=rank,
+        ranks=engine.ranks,
     )
     return EngineCache(form, caches)
 

@@ -286,6 +286,8 @@ class TransferClient:
             budget_s=left_s,
             traceparent=tracing.traceparent(),
             transfer=load.remote.transfer,
+            rank=self._form.rank,
+            ranks=self._form.ranks,
         )
 
     def _message(self, frames: FrameSocket, kind: Kind) -> bytes:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,6 +67,13 @@ class ConnectorConfig:
             raise SpecError(f"{PATH}.policy", f"must be namespace/name, got {self.policy!r}")
         if self.stall_s > self.timeout_s:
             raise SpecError(f"{PATH}.stall_s", "must not be above timeout_s")
+
+    def of_rank(self, rank: int) -> Self:
+        """Return the settings of one tensor-parallel worker, which has its own port, and is a pod to the controller."""
+        if rank == 0:
+            return self
+        port = self.listen_port + rank if self.listen_port else 0
+        return replace(self, listen_port=port, pod=f"{self.pod}-{rank}")
 
     @classmethod
     def read(cls, extra: Mapping[str, Any], env: Mapping[str, str], host_ip: str) -> Self:

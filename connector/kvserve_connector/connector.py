@@ -7,9 +7,11 @@ half.
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -83,24 +85,27 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._close_telemetry = otel.configure(f"kvserve-{transfer.kv_role}")
         self._config = config
         self._engine_id = engine.engine_id
+        self._ranks = engine.ranks
         self._bootstrap: BootstrapServer | None = None
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(engine, **roles)
         else:
-            self._worker = WorkerHalf(config, engine, **roles)
+            rank = get_tensor_model_parallel_rank() if engine.ranks > 1 else 0
+            self._worker = WorkerHalf(config.of_rank(rank), engine, rank=rank, **roles)
 
     # The scheduler's half.
 
     def set_xfer_handshake_metadata(
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
-        """Learn where the worker's transfer server listens."""
-        address = metadata.get(0)
-        if isinstance(address, ServerAddress):
-            self._half_of_scheduler.set_address(address)
-            self._serve_bootstrap(address)
+        """Learn where the workers' transfer servers listen."""
+        addresses = [metadata[rank] for rank in sorted(metadata)]
+        known = [address for address in addresses if isinstance(address, ServerAddress)]
+        if known and len(known) == self._ranks:
+            self._half_of_scheduler.set_addresses(known)
+            self._serve_bootstrap(known)
 
     def on_new_request(self, request: "Request") -> None:
         """Announce a prefill for a consumer, and leave the end of its prompt to it where the model asks for that."""
@@ -223,7 +228,7 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Return the counters of vLLM's Prometheus page."""
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _serve_bootstrap(self, address: ServerAddress) -> None:
+    def _serve_bootstrap(self, addresses: Sequence[ServerAddress]) -> None:
         """Let routers look up the engine, if that is wanted.
 
         Raises:
@@ -232,11 +237,11 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         port, host = self._config.bootstrap_port, self._config.listen_host
         if port is None or self._bootstrap is not None:
             return
-        where = f"{address.host}:{address.port}"
+        ports = [address.port for address in addresses]
         answer = page(
             self._vllm_config.parallel_config.data_parallel_rank,
-            engine_name(self._engine_id, address.host, address.port),
-            {0: where},
+            engine_name(self._engine_id, addresses[0].host, ports),
+            {rank: f"{each.host}:{each.port}" for rank, each in enumerate(addresses)},
         )
         try:
             self._bootstrap = BootstrapServer(host, port, answer)

@@ -27,6 +27,7 @@ class Engine:
         content: What vLLM says of the content of each group's blocks; equal where blocks mean the same.
         fingerprint: Identity of the model.
         engine_id: Identity of this run of the engine; another after each restart.
+        ranks: Tensor-parallel workers; each has a slice of the cache, of the same form.
         step_tokens: Most tokens that it computes in one step.
         splits_steps: Whether a step may run in several parts, so that a layer is written more than once.
         unsupported: Why nothing of it can be carried; empty if something can.
@@ -39,6 +40,7 @@ class Engine:
     content: tuple[str, ...] = ()
     fingerprint: str
     engine_id: str
+    ranks: int = 1
     step_tokens: int = 2048
     splits_steps: bool = False
     unsupported: str = ""
@@ -57,11 +59,10 @@ def inspect(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Engi
     """Return the engine's facts; a cache that can't be carried is one of them.
 
     Raises:
-        UnsupportedError: The model is split over several workers; the text says how.
+        UnsupportedError: The model is split over several workers by other than tensor parallelism; the text says how.
     """
     parallel = vllm_config.parallel_config
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
@@ -74,6 +75,7 @@ def inspect(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> Engi
         "fingerprint": model_fingerprint(vllm_config.model_config.hf_config.to_dict()),
         "engine_id": str(vllm_config.kv_transfer_config.engine_id),
         "blocks": kv_cache_config.num_blocks,
+        "ranks": parallel.tensor_parallel_size,
         "step_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
         "splits_steps": bool(getattr(parallel, "use_ubatching", False)),
     }

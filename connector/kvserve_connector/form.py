@@ -56,12 +56,16 @@ class Form:
         parts: What is carried, in this order.
         opaque: Why the cache is carried as whole blocks; None if it is not.
         blocks: Digest of what the blocks hold and how; empty if they are not carried whole.
+        rank: Which of the tensor-parallel workers this is.
+        ranks: How many there are.
     """
 
     fingerprint: str
     parts: tuple[Part, ...]
     opaque: Opaque | None = None
     blocks: str = ""
+    rank: int = 0
+    ranks: int = 1
     identities: tuple[str, ...] = field(init=False)
     """For each part what its blobs give as their model, so that none is taken for another's."""
 
@@ -84,7 +88,12 @@ class Form:
         return sum(part.layout.native_bytes(len(part.rows(tokens))) for part in self.parts)
 
     def carries(self, pipeline: Pipeline) -> bool:
-        """Tell whether a strategy may code this cache; a part that it can't code goes raw."""
+        """Tell whether a strategy may code this cache; a part that it can't code goes raw.
+
+        Bases that join heads can't be cut into the heads of one worker, so none that is calibrated may code a slice.
+        """
+        if self.ranks > 1 and pipeline.calibrated:
+            return False
         if self.opaque is None:
             return True
         numbers = any(part.layout.dtype != BYTES for part in self.parts)

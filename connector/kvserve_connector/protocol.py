@@ -32,7 +32,7 @@ from kvserve_api.profile_set import NAME_PATTERN
 from kvserve_api.table import Version
 from kvserve_api.wire import KVLayout
 from kvserve_connector.chunks import Chunk
-from kvserve_connector.remote import MAX_ID, MAX_TOKENS
+from kvserve_connector.remote import MAX_ID, MAX_RANKS, MAX_TOKENS
 
 MAGIC: Final = b"KVT1"
 HEADER: Final = struct.Struct("<4sBxHII")
@@ -135,6 +135,8 @@ class Pull:
         budget_s: Seconds until it gives up.
         traceparent: Its transfer span.
         transfer: Whether a transfer is named, whose prefill may not have ended.
+        rank: Which tensor-parallel worker of the consumer this is.
+        ranks: How many there are.
     """
 
     engine_id: str
@@ -149,6 +151,8 @@ class Pull:
     bundles: frozenset[str] = frozenset()
     blocks: str = ""
     transfer: bool = False
+    rank: int = 0
+    ranks: int = 1
 
     def pack(self) -> bytes:
         """Return the frame."""
@@ -161,6 +165,7 @@ class Pull:
             bundles
             | blocks
             | transfer
+            | ({"rank": self.rank, "ranks": self.ranks} if self.ranks > 1 else {})
             | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
@@ -199,6 +204,8 @@ class Pull:
                 budget_s=fields.number("budget_s", minimum=0, maximum=3600),
                 traceparent=fields.string("traceparent", None, max_length=128),
                 transfer=fields.boolean("transfer", False),
+                rank=fields.integer("rank", 0, minimum=0, maximum=MAX_RANKS - 1),
+                ranks=fields.integer("ranks", 1, minimum=1, maximum=MAX_RANKS),
             )
             layout.done()
             fields.done()

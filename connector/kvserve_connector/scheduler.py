@@ -50,14 +50,16 @@ class SchedulerHalf:
         self._is_consumer = is_consumer
         self._now_s = now_s
         self._address: ServerAddress | None = None
+        self._ports: tuple[int, ...] = ()
         self._step = StepMetadata()
         self._loading: set[str] = set()
         self._prefilling: dict[str, Request] = {}
         self._computed: dict[str, int] = {}
 
-    def set_address(self, address: ServerAddress) -> None:
-        """Take note of where the worker half's transfer server listens."""
-        self._address = address
+    def set_addresses(self, addresses: Sequence[ServerAddress]) -> None:
+        """Take note of where the transfer servers of the workers listen, in order of their ranks."""
+        self._address = addresses[0]
+        self._ports = tuple(address.port for address in addresses) if len(addresses) > 1 else ()
 
     def arrived(self, request: "Request") -> None:
         """Announce a prefill for a consumer, and leave to it what it must compute itself; or announce a consumer."""
@@ -238,6 +240,7 @@ class SchedulerHalf:
             request_id=request.request_id,
             tokens=tokens,
             traceparent=tracing.traceparent(trace.set_span_in_context(span)),
+            ports=self._ports,
         )
 
     def _remote(self, request: "Request") -> Remote | None:
@@ -255,6 +258,14 @@ class SchedulerHalf:
     def _fits(self, request: "Request", remote: Remote) -> bool:
         """Tell whether what waits there can be this request's KV."""
         fetchable = self._fetchable(request)
+        if remote.ranks != self._engine.ranks:
+            logger.warning(
+                "request %s is computed here: its prefill has tensor_parallel_size %d, this engine %d",
+                request.request_id,
+                remote.ranks,
+                self._engine.ranks,
+            )
+            return False
         if remote.transfer:
             # how many tokens it has is compared when it is pulled
             return _transferable(request) and fetchable > 0

@@ -273,6 +273,12 @@ class TransferServer:
             raise WireError(WireReason.MODEL_MISMATCH, "the consumer serves another model")
         if pull.layout != self._form.layout:
             raise WireError(WireReason.LAYOUT_MISMATCH, f"here is {self._form.layout}")
+        if (pull.rank, pull.ranks) != (self._form.rank, self._form.ranks):
+            raise WireError(
+                WireReason.LAYOUT_MISMATCH,
+                f"the consumer is worker {pull.rank} of {pull.ranks}, this is {self._form.rank} of"
+                f" {self._form.ranks}: give both tensor_parallel_size {self._form.ranks}",
+            )
         if pull.blocks != self._form.blocks:
             raise WireError(
                 WireReason.LAYOUT_MISMATCH,

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
 from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.metrics import Data, Metrics
+from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
 from kvserve_strategies import Pipeline
@@ -53,12 +55,20 @@ class WorkerHalf:
         engine: The engine's facts.
         is_producer: This engine prefills for others.
         is_consumer: This engine fetches the KV of others.
+        rank: Which of the engine's tensor-parallel workers this is.
     """
 
     def __init__(
-        self, config: ConnectorConfig, engine: Engine, *, is_producer: bool, is_consumer: bool
+        self,
+        config: ConnectorConfig,
+        engine: Engine,
+        *,
+        is_producer: bool,
+        is_consumer: bool,
+        rank: int = 0,
     ) -> None:
         self._config = config
+        self._rank = rank
         self._engine = engine
         self._is_producer = is_producer
         self._is_consumer = is_consumer
@@ -102,7 +112,7 @@ class WorkerHalf:
             SpecError: The transfer server's address is taken or not ours.
         """
         try:
-            cache = open_cache(self._engine, kv_caches, attention_layers)
+            cache = open_cache(self._engine, kv_caches, attention_layers, self._rank)
         except UnsupportedError as error:
             self._metrics.opened(UnsupportedError.reason)
             logger.warning("KV is not transferred, every request computes its own: %s", error)
@@ -214,11 +224,13 @@ class WorkerHalf:
                 )
         else:
             for remote in step.wanted:
-                self._client.expect(remote)
+                for mine in self._mine(remote):
+                    self._client.expect(mine)
             for load in step.loads:
-                self._client.start(load)
+                self._client.start(replace(load, remote=load.remote.of_rank(self._rank)))
             for remote in step.releases:
-                self._client.release(remote)
+                for mine in self._mine(remote):
+                    self._client.release(mine)
             for request_id in step.cancelled:
                 self._client.cancel(request_id)
 
@@ -245,6 +257,12 @@ class WorkerHalf:
         if self._client is not None:
             self._client.close()
         self._coders.shutdown(wait=False, cancel_futures=True)
+
+    def _mine(self, remote: Remote) -> list[Remote]:
+        """Return the workers elsewhere that this one speaks to: its like, or all if there are not as many."""
+        if remote.ranks == self._engine.ranks:
+            return [remote.of_rank(self._rank)]
+        return [remote.of_rank(rank) for rank in range(remote.ranks)] if self._rank == 0 else []
 
     def _done(self, outcome: Outcome) -> None:
         """Take note of a transfer that ended; in a thread of the client's."""

@@ -82,6 +82,7 @@ class Model:
                 parallel_config=SimpleNamespace(**parallel),
                 model_config=SimpleNamespace(hf_config=SimpleNamespace(to_dict=dict)),
                 kv_transfer_config=SimpleNamespace(engine_id="e-1"),
+                scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
             ),
             config,
         )

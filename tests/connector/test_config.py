@@ -49,6 +49,14 @@ def test_wrong_settings_name_their_field(extra: dict[str, Any], field: str) -> N
     assert caught.value.field == f"kv_connector_extra_config.{field}"
 
 
+def test_workers_have_ports_of_their_own() -> None:
+    """A tensor-parallel worker listens beside its siblings, and is a pod of its own to the controller."""
+    config = read({"listen_port": 7790}, POD_NAME="prefill-0")
+    assert config.of_rank(0) is config
+    assert (config.of_rank(2).listen_port, config.of_rank(2).pod) == (7792, "prefill-0-2")
+    assert read({"listen_port": 0}).of_rank(1).listen_port == 0
+
+
 def test_the_store_is_the_settings_or_the_environments() -> None:
     """The setting wins over KVSERVE_ARTIFACTS; without either there is none."""
     assert read({}).artifacts is None

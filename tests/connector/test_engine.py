@@ -76,15 +76,20 @@ def test_facts_of_a_plain_engine() -> None:
 @pytest.mark.parametrize(
     ("parallel", "text"),
     [
-        pytest.param({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1", id="tp"),
         pytest.param({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1", id="pp"),
         pytest.param({"decode_context_parallel_size": 2}, "must be 1", id="dcp"),
     ],
 )
 def test_parallel_engines_are_refused(parallel: dict[str, int], text: str) -> None:
-    """Every kind of model parallelism is refused by name."""
+    """Every kind of model parallelism but tensor parallelism is refused by name."""
     with pytest.raises(UnsupportedError, match=text):
         look(spec(), **parallel)
+
+
+def test_tensor_parallel_workers_are_counted() -> None:
+    """The engine knows how many workers share its cache, and how many tokens a step has at most."""
+    assert (look(spec()).ranks, look(spec(), tensor_parallel_size=2).ranks) == (1, 2)
+    assert look(spec()).step_tokens == 512
 
 
 WINDOW: dict[str, Any] = {

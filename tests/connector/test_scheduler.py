@@ -44,7 +44,7 @@ def make_half(**roles: bool) -> Any:
 
     roles = roles or {"is_producer": True, "is_consumer": True}
     half = SchedulerHalf(ENGINE, now_s=lambda: 102.0, **roles)
-    half.set_address(ServerAddress(host="10.0.0.7", port=7790))
+    half.set_addresses([ServerAddress(host="10.0.0.7", port=7790)])
     return half
 
 
@@ -201,7 +201,7 @@ def make_hybrid() -> Any:
     from kvserve_connector.scheduler import SchedulerHalf
 
     half = SchedulerHalf(HYBRID, is_producer=True, is_consumer=True, now_s=lambda: 102.0)
-    half.set_address(ServerAddress(host="10.0.0.7", port=7790))
+    half.set_addresses([ServerAddress(host="10.0.0.7", port=7790)])
     return half
 
 
@@ -392,3 +392,49 @@ def test_transfers_of_others_are_computed_here(where: dict[str, Any]) -> None:
     half.arrived(request)
     assert half.matched_tokens(request, 0) == (0, False)
     assert half.take_step().wanted == []
+
+
+def make_ranks(ranks: int) -> Any:
+    """Return a scheduler half of an engine with so many tensor-parallel workers."""
+    from kvserve_connector.metadata import ServerAddress
+    from kvserve_connector.scheduler import SchedulerHalf
+
+    half = SchedulerHalf(replace(ENGINE, ranks=ranks), is_producer=True, is_consumer=True)
+    half.set_addresses([ServerAddress(host="10.0.0.7", port=7790 + rank) for rank in range(ranks)])
+    return half
+
+
+def test_workers_fetch_from_their_like() -> None:
+    """The answer names every worker's port, and each worker of an engine of as many asks the one of its rank."""
+    half = make_ranks(2)
+    kept, params = half.finished(
+        finish(make_request(37, "remote", do_remote_decode=True), 37), ([5, 6, 7],)
+    )
+    assert kept
+    assert (params["tp_size"], params["remote_port"], params["kvserve_ports"]) == (
+        2,
+        7790,
+        [7790, 7791],
+    )
+    request = make_request(37, **params)
+    assert half.matched_tokens(request, 0) == (37, True)
+    half.allocated(request, blocks(1, 2, 3), 37)
+    (load,) = half.take_step().loads
+    assert [load.remote.of_rank(rank).port for rank in (0, 1)] == [7790, 7791]
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 2), (2, 1), (4, 2)])
+def test_another_number_of_workers_is_computed_here(
+    there: int, here: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """KV that is cut otherwise is not fetched, the log says why, and the prefill is released."""
+    _, params = make_ranks(there).finished(
+        finish(make_request(37, "remote", do_remote_decode=True), 37), ([5, 6, 7],)
+    )
+    half = make_ranks(here)
+    request = make_request(37, **params)
+    assert half.matched_tokens(request, 0) == (0, False)
+    assert f"tensor_parallel_size {there}, this engine {here}" in caplog.text
+    half.allocated(request, blocks(1, 2, 3), 0)
+    (remote,) = half.take_step().releases
+    assert remote.ranks == there

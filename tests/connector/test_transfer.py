@@ -194,6 +194,8 @@ def test_dead_connection_is_replaced() -> None:
             "LayoutMismatch",
             id="layout",
         ),
+        pytest.param({"ranks": 2}, "LayoutMismatch", id="more-workers"),
+        pytest.param({"ranks": 2, "rank": 1}, "LayoutMismatch", id="another-worker"),
         pytest.param({"blocks": "sha256:" + "2" * 64}, "LayoutMismatch", id="blocks"),
     ],
 )
