@@ -118,7 +118,13 @@ def tables(budgets: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         lines.append("| " + " | ".join(cells) + " |")
     live = budgets["live"]
     chains = {
-        "encode": {"linear.prepare": 1.0, "linear.quantise": 1.0, "rans.encode.4": live, "rans.gather": live},
+        "encode": {
+            "linear.prepare": 1.0,
+            "linear.quantise": 1.0,
+            "ladder.price": live,
+            "rans.encode.4": live,
+            "rans.gather": live,
+        },
         "decode": {"rans.decode.4": live, "linear.dequantise": live, "linear.expand": 1.0},
     }  # fmt: skip
     lines += ["", "| GB/s of native cache | A100 | H100 | B200 |", "|---|---|---|---|"]

@@ -6,16 +6,23 @@ of two layers: 4,096 values a token, of which half the components live.
 
 from typing import Final
 
+from kvserve_kernels.absmax import absmax_triton
 from kvserve_kernels.aot import Case
 from kvserve_kernels.escape import escape_triton
 from kvserve_kernels.floats import floats_triton
 from kvserve_kernels.fp8 import fp8_triton
 from kvserve_kernels.hadamard import hadamard_triton
+from kvserve_kernels.ladder import ladder_triton
 from kvserve_kernels.linear import kernels_triton
+from kvserve_kernels.lloyd import lloyd_triton
+from kvserve_kernels.mean import mean_triton
 from kvserve_kernels.minmax import minmax_triton
 from kvserve_kernels.pack import pack_triton
+from kvserve_kernels.predict import predict_triton
 from kvserve_kernels.rans import rans_triton, symbols_triton
 from kvserve_kernels.rotate import rotate_triton
+from kvserve_kernels.scale import scale_triton
+from kvserve_kernels.step import step_triton
 
 WIDTH: Final = 4096
 COMPONENTS: Final = 2048
@@ -65,6 +72,17 @@ _TURNS: Final = {"cos": "*fp32", "sin": "*fp32"}
 _HEAD: Final = {"DIM": 128, "PAIRS": 64, "HALF": 64, "INTERLEAVED": False}
 _ROWS: Final = {"rows": "i32", "dim": "i32", "group": "i32", "groups": "i32", "top": "i32"}
 _COLUMNS: Final = {"tokens": "i32", "columns": "i32", "group": "i32", "top": "i32"}
+_TOP: Final = {"rows": "i32", "dim": "i32", "top": "i32"}
+_MEANS: Final = {
+    "x": "*i16",
+    "own": "*fp32",
+    "other": "*fp32",
+    "total": "*fp64",
+    "total_other": "*fp64",
+    "tokens": "i32",
+    "token_stride": "i32",
+    "width": "i32",
+}
 _BOUNDS: Final = {"lo": "*i16", "hi": "*i16"}
 
 
@@ -415,5 +433,243 @@ CASES: Final = (
         constants={"SIZE": 128, "STAGES": 7, "SEVERAL": 32},
         values=4096,
         nbytes=6,
+    ),
+    Case(
+        name="absmax.encode",
+        kernel=absmax_triton.encode_kernel,
+        types={"x": "*i16", "codes": "*u8", "peaks": "*i16", **_TOP},
+        constants={"DIM": 128, "SEVERAL": 16},
+        unaligned=frozenset({"top"}),
+        values=2048,
+        nbytes=3,
+    ),
+    Case(
+        name="absmax.decode",
+        kernel=absmax_triton.decode_kernel,
+        types={"codes": "*u8", "peaks": "*i16", "out": "*i16", **_TOP},
+        constants={"DIM": 128, "SEVERAL": 16},
+        unaligned=frozenset({"top"}),
+        values=2048,
+        nbytes=3,
+    ),
+    Case(
+        name="lloyd.roots",
+        kernel=lloyd_triton.roots_kernel,
+        types={"x": "*i16", "out": "*i16", "failed": "*i32", "rows": "i32", "dim": "i32"},
+        constants={"ROWS": 128},
+        values=128 * 128,
+        trips=(32,),
+        nbytes=2,
+    ),
+    Case(
+        name="lloyd.encode",
+        kernel=lloyd_triton.encode_kernel,
+        types={
+            "x": "*fp32",
+            "scales": "*i16",
+            "thresholds": "*fp32",
+            "codes": "*u8",
+            "rows": "i32",
+            "dim": "i32",
+        },
+        constants={"COUNT": 15, "DIM": 128, "SEVERAL": 16},
+        values=2048,
+        nbytes=5,
+    ),
+    Case(
+        name="lloyd.decode",
+        kernel=lloyd_triton.decode_kernel,
+        types={
+            "codes": "*u8",
+            "scales": "*i16",
+            "centroids": "*fp32",
+            "out": "*fp32",
+            "rows": "i32",
+            "dim": "i32",
+            "last": "i32",
+        },
+        constants={"DIM": 128, "SEVERAL": 16},
+        unaligned=frozenset({"last"}),
+        values=2048,
+        nbytes=5,
+    ),
+    Case(
+        name="scale.exponents",
+        kernel=scale_triton.exponents_kernel,
+        types={"x": "*i16", "exponents": "*u8", "failed": "*i32", "rows": "i32", "dim": "i32"},
+        constants={"ROWS": 128},
+        values=128 * 128,
+        trips=(32,),
+        nbytes=2,
+    ),
+    Case(
+        name="scale.multiply",
+        kernel=scale_triton.multiply_kernel,
+        types={
+            "x": "*i16",
+            "table": "*fp32",
+            "exponents": "*u8",
+            "out": "*fp32",
+            "rows": "i32",
+            "dim": "i32",
+        },
+        constants={"DIM": 128, "SEVERAL": 16},
+        values=2048,
+        nbytes=6,
+    ),
+    Case(
+        name="step.sums",
+        kernel=step_triton.sums_kernel,
+        types={"x": "*i16", "out": "*i16", "tokens": "i32", "columns": "i32"},
+        constants={"SQUARES": False, "COLUMNS": 128},
+        values=1024 * 128,
+        trips=(1024,),
+        marker=("LDG", 1),
+        nbytes=2,
+    ),
+    Case(
+        name="step.squares",
+        kernel=step_triton.sums_kernel,
+        types={"x": "*fp32", "out": "*fp64", "tokens": "i32", "columns": "i32"},
+        constants={"SQUARES": True, "COLUMNS": 128},
+        values=1024 * 128,
+        trips=(1024,),
+        marker=("LDG", 1),
+        nbytes=4,
+    ),
+    Case(
+        name="step.whole",
+        kernel=step_triton.whole_kernel,
+        types={"of_columns": "*fp64", "out": "*fp64", "columns": "i32"},
+        warps=1,
+        counted=False,
+    ),
+    Case(
+        name="step.subtract",
+        kernel=step_triton.shift_kernel,
+        types={
+            "x": "*i16",
+            "means": "*i16",
+            "out": "*fp32",
+            "failed": "*i32",
+            "tokens": "i32",
+            "columns": "i32",
+        },
+        constants={"ADD": False, "TOKENS": 16, "COLUMNS": 128},
+        values=2048,
+        nbytes=6,
+    ),
+    Case(
+        name="step.add",
+        kernel=step_triton.shift_kernel,
+        types={
+            "x": "*fp32",
+            "means": "*i16",
+            "out": "*i16",
+            "failed": "*i32",
+            "tokens": "i32",
+            "columns": "i32",
+        },
+        constants={"ADD": True, "TOKENS": 16, "COLUMNS": 128},
+        values=2048,
+        nbytes=6,
+    ),
+    Case(
+        name="step.quantise",
+        kernel=step_triton.quantise_kernel,
+        types={
+            "x": "*fp32",
+            "steps": "*fp32",
+            "codes": "*i16",
+            "failed": "*i32",
+            "count": "i32",
+        },
+        constants={"BLOCK": 2048},
+        values=2048,
+        nbytes=6,
+    ),
+    Case(
+        name="step.dequantise",
+        kernel=step_triton.dequantise_kernel,
+        types={"codes": "*i16", "steps": "*fp32", "out": "*fp32", "count": "i32"},
+        constants={"BLOCK": 2048},
+        values=2048,
+        nbytes=6,
+    ),
+    Case(
+        name="mean.turned",
+        kernel=mean_triton.sums_kernel,
+        types=_MEANS,
+        constants={"TURNS": True, "NEAR": 16, "WIDTH": 128},
+        values=256 * 128,
+        trips=(16,),
+        # the angles of a token are the same for all layers, which follow each other
+        nbytes=2,
+    ),
+    Case(
+        name="mean.plain",
+        kernel=mean_triton.sums_kernel,
+        types=_MEANS,
+        constants={"TURNS": False, "NEAR": 16, "WIDTH": 128},
+        values=256 * 128,
+        trips=(16,),
+        nbytes=2,
+    ),
+    Case(
+        name="mean.combine",
+        kernel=mean_triton.combine_kernel,
+        types={
+            "levels": "*i16",
+            "rows": "*i16",
+            "total": "*fp64",
+            "components": "i32",
+            "width": "i32",
+        },
+        constants={"WIDTH": 128},
+        counted=False,
+    ),
+    Case(
+        name="ladder.price",
+        kernel=ladder_triton.price_kernel,
+        types={
+            "values": "*i16",
+            "ones": "*i64",
+            "table_prices": "*i32",
+            "best": "*u8",
+            "keeps": "*i32",
+            "tokens": "i32",
+            "tables": "i32",
+            "shift": "i32",
+            "keep": "i32",
+        },
+        warps=1,
+        unaligned=frozenset({"tables", "shift", "keep"}),
+        values=1024,
+        trips=(1, 4),
+        nbytes=2,
+        per="level",
+    ),
+    Case(
+        name="ladder.chain",
+        kernel=ladder_triton.chain_kernel,
+        types={"best": "*u8", "keeps": "*i32", "ids": "*u8", "channels": "i32"},
+        warps=1,
+        unaligned=frozenset({"channels"}),
+        counted=False,
+    ),
+    Case(
+        name="predict.apply",
+        kernel=predict_triton.apply_kernel,
+        types={
+            "before": "*fp32",
+            "sources": "*i32",
+            "weights": "*fp16",
+            "out": "*fp32",
+            "tokens": "i32",
+            "channels": "i32",
+        },
+        constants={"SOURCES": 4, "TOKENS": 16, "CHANNELS": 128},
+        values=2048,
+        nbytes=8,
     ),
 )

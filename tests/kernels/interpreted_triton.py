@@ -11,17 +11,25 @@ import torch
 from numpy.typing import NDArray
 
 from kvserve_kernels import ladder, rans
+from kvserve_kernels.absmax import absmax_ref, absmax_triton
 from kvserve_kernels.bits_ref import narrow
 from kvserve_kernels.escape import escape_ref, escape_triton
 from kvserve_kernels.floats import floats_ref, floats_triton
 from kvserve_kernels.fp8 import fp8_ref, fp8_triton
 from kvserve_kernels.hadamard import hadamard_ref, hadamard_triton
+from kvserve_kernels.ladder import ladder_ref, ladder_triton
+from kvserve_kernels.ladder.tables import prices
 from kvserve_kernels.linear import linear_ref, linear_triton
 from kvserve_kernels.linear.plan import Group, Plan
+from kvserve_kernels.lloyd import lloyd_ref, lloyd_triton
+from kvserve_kernels.mean import Turning, mean_ref, mean_triton
 from kvserve_kernels.minmax import minmax_ref, minmax_triton
 from kvserve_kernels.pack import pack_ref, pack_triton
+from kvserve_kernels.predict import predict_ref, predict_triton
 from kvserve_kernels.rans import rans_ref, rans_triton, symbols_cpu, symbols_triton, tables_triton
 from kvserve_kernels.rotate import rotate_ref, rotate_triton, tables
+from kvserve_kernels.scale import scale_ref, scale_triton
+from kvserve_kernels.step import step_ref, step_triton
 
 torch.set_num_threads(1)
 TYPES = pytest.mark.parametrize("dtype", [np.uint16, np.float32], ids=["bfloat16", "float32"])
@@ -410,3 +418,157 @@ def test_escape(count: int, spread: float) -> None:
     if expected.positions.size > 1:
         made.positions[1] = made.positions[0]
         assert escape_triton.decode(made, count) is None
+
+
+@TYPES
+@pytest.mark.parametrize(("dim", "bins"), [(70, 4), (130, 32), (64, 255)])
+def test_absmax(dtype: Any, dim: int, bins: int) -> None:
+    """Codes, peaks and values are as defined, halves of a step among them."""
+    x = sample(np.random.default_rng(dim), (5, dim), dtype)
+    x[0, :4] = narrow(np.array([bins // 2 - 1, 0.5, 1.5, -0.5], np.float32), dtype)
+    x[0, 4:] = 0
+    codes, peaks = absmax_triton.encode(tensor(x), bins)
+    wanted_codes, wanted_peaks = absmax_ref.encode(x, bins)
+    np.testing.assert_array_equal(codes.numpy(), wanted_codes)
+    np.testing.assert_array_equal(array(peaks), wanted_peaks)
+    restored = absmax_triton.decode(codes, peaks, bins)
+    wanted = absmax_ref.decode(wanted_codes, wanted_peaks, bins)
+    np.testing.assert_array_equal(array(restored), wanted)
+
+
+@TYPES
+@pytest.mark.parametrize(("dim", "count"), [(7, 15), (66, 3)])
+def test_lloyd(dtype: Any, dim: int, count: int) -> None:
+    """Root mean squares, codes and values are as defined, and a code past the last counts as the last."""
+    rng = np.random.default_rng(dim)
+    x = sample(rng, (130, dim), dtype)
+    x[1] = 0
+    scales = lloyd_triton.root_mean_squares(tensor(x), tensor(x).dtype)
+    wanted_scales = lloyd_ref.root_mean_squares(x, dtype)
+    assert scales is not None
+    assert wanted_scales is not None
+    np.testing.assert_array_equal(array(scales), wanted_scales)
+    between = np.sort(rng.standard_normal(count)).astype(np.float32)
+    codes = lloyd_triton.encode(tensor(x), scales, torch.from_numpy(between))
+    np.testing.assert_array_equal(codes.numpy(), lloyd_ref.encode(x, wanted_scales, between))
+    codes[0, :3] = 255
+    restored = lloyd_triton.decode(codes, scales, torch.from_numpy(between), tensor(x).dtype)
+    wanted = lloyd_ref.decode(codes.numpy(), wanted_scales, between, dtype)
+    np.testing.assert_array_equal(array(restored), wanted)
+
+
+def test_mean_squares_beyond_float32_are_refused() -> None:
+    """A row whose mean square, or whose root, float32 can't hold has no scale."""
+    x = torch.full((3, 5), 1e19)
+    assert scale_triton.scale(x) is not None
+    x[1] = 3e38
+    # the interpreter computes with numpy, which would warn of the overflow
+    with np.errstate(over="ignore"):
+        assert scale_triton.scale(x) is None
+    assert lloyd_triton.root_mean_squares(x, torch.float32) is not None
+    x[1, 0] = float("inf")
+    assert lloyd_triton.root_mean_squares(x, torch.float32) is None
+
+
+@TYPES
+@pytest.mark.parametrize("dim", [5, 64])
+def test_scale(dtype: Any, dim: int) -> None:
+    """Quotients and exponents are as defined, and so is what they give back."""
+    x = sample(np.random.default_rng(dim), (130, dim), dtype)
+    x[1] = 0
+    made, expected = scale_triton.scale(tensor(x)), scale_ref.scale(x)
+    assert made is not None
+    assert expected is not None
+    for a, b in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b)
+    restored = scale_triton.unscale(*made, tensor(x).dtype)
+    np.testing.assert_array_equal(array(restored), scale_ref.unscale(*expected, dtype))
+
+
+@TYPES
+@pytest.mark.parametrize("shape", [(2, 21, 130), (1, 1, 3)], ids=str)
+def test_step(dtype: Any, shape: tuple[int, int, int]) -> None:
+    """Means, differences, steps, codes and values are as defined; a layer of zeros has no step."""
+    x = sample(np.random.default_rng(shape[1]), shape, dtype)
+    centred, expected = step_triton.centre(tensor(x)), step_ref.centre(x)
+    assert centred is not None
+    assert expected is not None
+    np.testing.assert_array_equal(centred[0].numpy(), expected[0])
+    np.testing.assert_array_equal(array(centred[1]), expected[1])
+    back = step_triton.uncentre(*centred)
+    np.testing.assert_array_equal(array(back), step_ref.uncentre(*expected))
+    x[-1, :, :] = 0 if shape[0] > 1 else x[-1]
+    steps, wanted_steps = (
+        step_triton.relative_steps(tensor(x), 0.3),
+        step_ref.relative_steps(x, 0.3),
+    )
+    np.testing.assert_array_equal(steps.numpy(), wanted_steps)
+    codes, wanted_codes = step_triton.quantise(tensor(x), steps), step_ref.quantise(x, wanted_steps)
+    assert codes is not None
+    assert wanted_codes is not None
+    np.testing.assert_array_equal(codes.numpy(), wanted_codes)
+    restored = step_triton.dequantise(codes, steps, tensor(x).dtype)
+    np.testing.assert_array_equal(
+        array(restored), step_ref.dequantise(wanted_codes, wanted_steps, dtype)
+    )
+
+
+def test_step_refuses_what_does_not_fit() -> None:
+    """A code past 32,767 and a difference past float32 are refused, the last that fit are not."""
+    one = torch.ones(1)
+    x = torch.tensor([[[32767.49, -32767.49]]])
+    made = step_triton.quantise(x, one)
+    assert made is not None
+    assert made.tolist() == [[[32767, -32767]]]
+    assert step_triton.quantise(x + 0.02, one) is None
+    with np.errstate(over="ignore"):
+        assert step_triton.centre(torch.tensor([[[3e38], [3e38], [-3e38]]])) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("pairs", [0, 4, 24])
+def test_token_means(dtype: torch.dtype, pairs: int) -> None:
+    """Means over tokens are those of the definition, of a part of the tokens too, turned back or not."""
+    rng = np.random.default_rng(pairs)
+    whole = torch.from_numpy(rng.standard_normal((70, 3, 48)).astype(np.float32) * 9).to(dtype)
+    chosen, turning = whole[::2], None
+    if pairs:
+        angles = tables(10_000.0 ** (-np.arange(pairs) / pairs), 1.0, 7, 70)
+        turning = Turning.of(*(table[::2] for table in angles), pairs == 4, 3, 48)
+    made = mean_triton.token_means(chosen, turning)
+    wanted = mean_ref.token_means(np.ascontiguousarray(array(chosen)), turning)
+    np.testing.assert_array_equal(made.numpy(), wanted)
+
+
+def test_combine() -> None:
+    """Values of components are those of the definition."""
+    rng = np.random.default_rng(2)
+    levels = (rng.integers(-32768, 32768, 19) * rng.integers(0, 2, 19)).astype(np.int16)
+    rows = narrow(rng.standard_normal((19, 130)).astype(np.float32), np.uint16)
+    made = mean_triton.combine(torch.from_numpy(levels), tensor(rows))
+    np.testing.assert_array_equal(made.numpy(), mean_ref.combine(levels, rows))
+
+
+@pytest.mark.parametrize(("channels", "tokens"), [(37, 40), (2, 530), (1, 1)])
+def test_ladder(channels: int, tokens: int) -> None:
+    """Tables are chosen as defined: the cheapest, or that of the channel after, and 0 for zeros."""
+    rng = np.random.default_rng(channels)
+    scales = rng.choice(np.array([0, 0.1, 1, 1.1, 1.2, 60, 9000]), (channels, 1))
+    values = np.clip(rng.standard_t(2, (channels, tokens)) * scales, -32767, 32767).astype(np.int16)
+    wanted = ladder_ref.choose(values, prices().tolist())
+    assert ladder_triton.choose(torch.from_numpy(values)).tolist() == wanted
+
+
+@pytest.mark.parametrize("sources", [1, 8])
+def test_predict(sources: int) -> None:
+    """Predictions are those of the definition."""
+    rng = np.random.default_rng(sources)
+    before = rng.standard_normal((21, 130)).astype(np.float32)
+    places = rng.integers(0, 130, (130, sources)).astype(np.uint16)
+    weights = rng.standard_normal((130, sources)).astype(np.float16)
+    made = predict_triton.apply(
+        torch.from_numpy(before),
+        torch.from_numpy(places.astype(np.int32)),
+        torch.from_numpy(weights),
+    )
+    np.testing.assert_array_equal(made.numpy(), predict_ref.apply(before, places, weights))

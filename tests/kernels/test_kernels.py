@@ -214,6 +214,10 @@ def test_step_refuses_what_int16_cannot_hold() -> None:
     x = np.array([[[32_767.0], [-32_767.0]]], np.float32)
     assert step.quantise(x, np.ones(1, np.float32)) is not None
     assert step.quantise(x * np.float32(1.001), np.ones(1, np.float32)) is None
+    for last, fits in ((32_767.49, True), (32_767.5, False)):
+        x = np.full((1, 1, 1), last, np.float32)
+        for quantise in (step.quantise, step_ref.quantise):
+            assert (quantise(x, np.ones(1, np.float32)) is not None) == fits
 
 
 @TYPES

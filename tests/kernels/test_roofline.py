@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENDS = ("_ref", "_cpu", "_triton")
 
 
 def test_page_shows_what_the_script_prints() -> None:
@@ -33,3 +34,16 @@ def test_a_bound_is_what_the_scarcest_resource_allows() -> None:
     assert script["gathers_per_s"](kernel, gpu) == 0.5e9
     rate = script["chain"]({"k": 2.0}, {"k": kernel}, gpu, worst=True)
     assert rate == pytest.approx(0.25e9)
+
+
+def test_page_lists_the_operations() -> None:
+    """Each operation that has a definition is in the page's table, with the paths that its folder holds."""
+    package = ROOT / "kernels/kvserve_kernels"
+    found = {
+        folder.parent.name: ["✓" if any(folder.parent.glob(f"*{end}.py")) else "–" for end in ENDS]
+        for folder in package.glob("*/*_ref.py")
+    }
+    lines = (ROOT / "docs/roofline.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "]
+    listed = {row[0]: row[2:] for row in rows if len(row) == 5 and row[2] in ("✓", "–")}
+    assert listed == found

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from kvserve_kernels.bits import float_bits, narrow, widen
 from kvserve_kernels.jit import njit
 
-_FACTORS: NDArray[np.float32] = np.sqrt(np.ldexp(1.0, np.arange(256) - 127)).astype(np.float32)
-_INVERSES: NDArray[np.float32] = (1 / _FACTORS.astype(np.float64)).astype(np.float32)
+FACTORS: NDArray[np.float32] = np.sqrt(np.ldexp(1.0, np.arange(256) - 127)).astype(np.float32)
+INVERSES: NDArray[np.float32] = (1 / FACTORS.astype(np.float64)).astype(np.float32)
 
 
 @njit
@@ -52,11 +52,11 @@ def scale(x: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | No
     """
     out = np.empty(x.shape, np.float32)
     exponents = np.empty(x.shape[0], np.uint8)
-    return (out, exponents) if _scale(x, _INVERSES, exponents, out) else None
+    return (out, exponents) if _scale(x, INVERSES, exponents, out) else None
 
 
 def unscale(x: NDArray[np.float32], exponents: NDArray[np.uint8], dtype: Any) -> NDArray[Any]:
     """Undo `scale`, to float32 or to bfloat16 bits (uint16)."""
     out = np.empty(x.shape, dtype)
-    _unscale(x, _FACTORS, exponents, out)
+    _unscale(x, FACTORS, exponents, out)
     return out

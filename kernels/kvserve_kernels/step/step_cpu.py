@@ -78,7 +78,7 @@ def _quantise(x, steps, codes):  # type: ignore[no-untyped-def]
         for t in range(tokens):
             for j in range(columns):
                 v = widen(x[layer, t, j]) * inverse
-                fits &= abs(v) <= np.float32(LARGEST_CODE)
+                fits &= abs(v) < np.float32(LARGEST_CODE + 0.5)
                 codes[layer, t, j] = np.int16(float_bits(v + _MAGIC) - magic)
     return fits
 
