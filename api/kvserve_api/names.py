@@ -33,6 +33,11 @@ ENV_STORE_USERNAME: Final = "KVSERVE_STORE_USERNAME"
 ENV_STORE_PASSWORD: Final = "KVSERVE_STORE_PASSWORD"
 """Environment variable with that user's password."""
 
+TASKS_DIR: Final = "/etc/kvserve/tasks"
+"""In the profiling Job: a folder with ``<class>.<task>.jsonl`` for each task whose items are in a ConfigMap."""
+CLAIMS_DIR: Final = "/etc/kvserve/claims"
+"""In the profiling Job: a folder for each PersistentVolumeClaim that holds items of tasks."""
+
 XARG_WORKLOAD: Final = "kvserve_workload"
 """In a request's ``vllm_xargs``: its workload class."""
 

@@ -5,13 +5,16 @@ server or a file, with the same defaults. A test holds the two equal on a real A
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self
 
 from kvserve_api.errors import PolicyError
 from kvserve_api.fields import Fields
 from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN, NONE
+from kvserve_api.quality import QualityBudget
+from kvserve_api.space_limits import SpaceLimits
+from kvserve_api.task_check import TaskCheck, read_tasks
 
 GROUP: Final = "kvserve.io"
 VERSION: Final = "v1alpha1"
@@ -118,12 +121,21 @@ class WorkloadClass:
         slo: Its own, or the policy's.
         max_loss_bp: Quality budget, in basis points of expected perplexity growth.
         text: Evaluation text; None for the built-in corpus.
+        tasks: What must still be answered rightly.
     """
 
     name: str
     slo: SLO
     max_loss_bp: int
     text: Text | None
+    tasks: tuple[TaskCheck, ...] = ()
+
+    @property
+    def budget(self) -> QualityBudget:
+        """What its profiles may lose."""
+        return QualityBudget(
+            max_loss_bp=self.max_loss_bp, tasks={t.name: t.max_loss_bp for t in self.tasks}
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +210,31 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OnDrift:
+    """What happens when transfers are no longer what was profiled.
+
+    Attributes:
+        reprofile: A new run starts.
+        min_interval_s: Least seconds from the end of one run to the start of the next.
+    """
+
+    reprofile: bool = True
+    min_interval_s: int = 86_400
+
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        """Read the section."""
+        wish = cls(
+            reprofile=fields.boolean("reprofile", True),
+            min_interval_s=fields.integer(
+                "minIntervalSeconds", 86_400, minimum=5, maximum=31_536_000
+            ),
+        )
+        fields.done()
+        return wish
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Profiling:
     """How the model is profiled.
 
@@ -207,6 +244,8 @@ class Profiling:
         active_deadline_s: Most seconds for a run.
         resources: Resource requirements of the Job's container, as Kubernetes has them.
         text: Evaluation text of the default class; None for the built-in corpus.
+        space: Which strategies may be measured.
+        on_drift: Whether drift starts a run.
     """
 
     suspend: bool = False
@@ -214,6 +253,8 @@ class Profiling:
     active_deadline_s: int = 7200
     resources: Mapping[str, Any] | None = None
     text: Text | None = None
+    space: SpaceLimits = field(default_factory=SpaceLimits)
+    on_drift: OnDrift = field(default_factory=OnDrift)
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
@@ -228,6 +269,8 @@ class Profiling:
             ),
             resources=job.mapping("resources", {}) or None,
             text=Text.read(fields.child("evaluation")) if fields.has("evaluation") else None,
+            space=SpaceLimits.read(fields.child("space", {})),
+            on_drift=OnDrift.read(fields.child("onDrift", {})),
         )
         fields.ignore("evaluation")
         for part in (budget, job, fields):
@@ -337,6 +380,11 @@ class Policy:
             profiling=profiling,
             control=Control.read(spec.child("control", {})),
         )
+        for name in (policy.control.fallback, policy.control.pinned):
+            if name in profiling.space.exclude.names:
+                raise spec.fail(
+                    "profiling.space.exclude.names", f"holds {name!r}, which control names"
+                )
         spec.done()
         return policy
 
@@ -345,10 +393,11 @@ def _classes(spec: Fields, profiling: Profiling) -> dict[str, WorkloadClass]:
     slo = SLO.read(spec.child("slo", {}))
     quality = spec.child("quality", {})
     max_loss_bp = quality.integer("maxLossBasisPoints", 100, minimum=0, maximum=10_000)
+    tasks = read_tasks(quality, ())
     quality.done()
     classes = {
         DEFAULT_CLASS: WorkloadClass(
-            name=DEFAULT_CLASS, slo=slo, max_loss_bp=max_loss_bp, text=profiling.text
+            name=DEFAULT_CLASS, slo=slo, max_loss_bp=max_loss_bp, text=profiling.text, tasks=tasks
         )
     }
     for item in spec.children("workloads", [], max_items=16):
@@ -363,6 +412,7 @@ def _classes(spec: Fields, profiling: Profiling) -> dict[str, WorkloadClass]:
                 "maxLossBasisPoints", max_loss_bp, minimum=0, maximum=10_000
             ),
             text=Text.read(item.child("evaluation")) if item.has("evaluation") else profiling.text,
+            tasks=read_tasks(own_quality, tasks),
         )
         item.ignore("slo", "evaluation")
         own_quality.done()

@@ -14,6 +14,7 @@ from kvserve_api.canonical import canonical_json, digest_bytes
 from kvserve_api.errors import ArtifactError
 from kvserve_api.fields import Fields
 from kvserve_api.latency import StageCost
+from kvserve_api.quality import TaskScore
 from kvserve_api.strategy import StrategyConfig
 
 SCHEMA: Final = "kvserve.io/pareto/v1"
@@ -42,6 +43,7 @@ class Profile:
         decode: Cost of decoding, in native bytes.
         lossless: The decoded KV equals the native KV bit by bit.
         bundle: Digest of the calibration bundle it needs, or None.
+        tasks: What it does to the answers of the class's tasks, by the task's name.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Profile:
     decode: StageCost
     lossless: bool
     bundle: str | None = None
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -64,7 +67,7 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as an object."""
-        value = {
+        value: dict[str, Any] = {
             "name": self.name,
             "strategy": self.strategy.to_json(),
             "strategy_digest": self.strategy.digest,
@@ -76,7 +79,11 @@ class Profile:
             "decode": self.decode.to_json(),
             "lossless": self.lossless,
         }
-        return value if self.bundle is None else value | {"bundle": self.bundle}
+        if self.bundle is not None:
+            value["bundle"] = self.bundle
+        if self.tasks:
+            value["tasks"] = {name: score.to_json() for name, score in self.tasks.items()}
+        return value
 
     @classmethod
     def from_json(cls, fields: Fields) -> Self:
@@ -84,6 +91,7 @@ class Profile:
         strategy = StrategyConfig.from_json(fields.mapping("strategy"), fields.at("strategy"))
         if fields.string("strategy_digest", max_length=80) != strategy.digest:
             raise fields.fail("strategy_digest", f"does not match the strategy, {strategy.digest}")
+        tasks = fields.child("tasks", {})
         profile = cls(
             name=fields.string("name", max_length=63),
             strategy=strategy,
@@ -94,6 +102,7 @@ class Profile:
             decode=StageCost.from_json(fields.child("decode")),
             lossless=fields.boolean("lossless"),
             bundle=fields.string("bundle", None, max_length=80),
+            tasks={name: TaskScore.from_json(tasks.child(name)) for name in tasks.mapping_of()},
         )
         fields.done()
         return profile

@@ -19,10 +19,19 @@ def inputs(text: str | None = None, image: str = "", **spec: Any) -> RunInputs:
     return RunInputs.of_policy(policy, text_digests={"default": text}, image=image)
 
 
+TASK = {"name": "a", "builtIn": "Retrieval", "maxLossBasisPoints": 500}
+
+
 def test_round_trip() -> None:
     """Inputs read back equal from their canonical JSON."""
     first = inputs("sha256:00", workloads=[{"name": "code"}], model={"name": "m", "revision": "r"})
     assert RunInputs.parse(first.canonical()) == first
+    asked = inputs(quality={"tasks": [TASK, TASK | {"name": "b"}]})
+    assert RunInputs.parse(asked.canonical()) == asked
+    cut = inputs(
+        profiling={"space": {"allow": "Lossless", "exclude": {"stages": ["code.rans.v1"]}}}
+    )
+    assert RunInputs.parse(cut.canonical()) == cut
     stored = replace(first, artifacts="file:///a")
     assert RunInputs.parse(stored.canonical()) == stored
 
@@ -37,6 +46,8 @@ def test_round_trip() -> None:
         pytest.param(inputs(workloads=[{"name": "code"}]), False, id="class"),
         pytest.param(inputs(profiling={"budget": {"maxTrials": 5}}), False, id="trials"),
         pytest.param(inputs(image="profiler:2"), False, id="image"),
+        pytest.param(inputs(profiling={"space": {"allow": "Lossless"}}), False, id="space"),
+        pytest.param(inputs(profiling={"space": {"allow": "Any"}}), True, id="whole-space"),
         pytest.param(replace(inputs(), artifacts="s3://b"), False, id="store"),
         pytest.param(
             inputs(model={"name": "test/model", "source": {"pvc": {"claimName": "c"}}}),
@@ -77,3 +88,20 @@ def test_child_names_are_labels() -> None:
     assert len(long) <= 63
     assert long.startswith("a" * 45)
     assert long.endswith("a-pareto-0123456789")
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"maxLossBasisPoints": 900}, True),
+        ({"maxItems": 65}, False),
+        ({"builtIn": "LastWord"}, False),
+    ],
+)
+def test_tasks_are_inputs_and_their_budgets_are_not(change: dict[str, Any], same: bool) -> None:
+    """Other items are another run; a run without tasks is the one it always was."""
+    asked = inputs(quality={"tasks": [TASK]})
+    other = inputs(quality={"tasks": [TASK | change]})
+    assert (other.digest == asked.digest) == same
+    assert asked.digest != inputs().digest
+    assert "tasks" not in inputs().canonical().decode()

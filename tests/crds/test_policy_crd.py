@@ -32,12 +32,24 @@ FULL: dict[str, Any] = {
             },
         ],
     },
-    "quality": {"maxLossBasisPoints": 7},
+    "quality": {
+        "maxLossBasisPoints": 7,
+        "tasks": [
+            {"name": "a", "builtIn": "LastWord", "maxLossBasisPoints": 500},
+            {"name": "b", "configMapRef": {"name": "t", "key": "k"}, "maxLossBasisPoints": 0},
+            {
+                "name": "c",
+                "pvc": {"claimName": "d", "path": "a/b.jsonl"},
+                "maxItems": 200,
+                "maxLossBasisPoints": 134,
+            },
+        ],
+    },
     "workloads": [
         {
             "name": "code",
             "slo": {},
-            "quality": {},
+            "quality": {"tasks": []},
             "evaluation": {"configMapRef": {"name": "texts", "key": "code"}},
         },
         {"name": "chat", "quality": {"maxLossBasisPoints": 3}},
@@ -47,6 +59,12 @@ FULL: dict[str, Any] = {
         "budget": {"maxTrials": 9, "activeDeadlineSeconds": 60},
         "job": {"resources": {"requests": {"cpu": 1, "memory": "2.5Gi"}}},
         "evaluation": {"configMapRef": {"name": "texts", "key": "k"}},
+        "onDrift": {"reprofile": False, "minIntervalSeconds": 5},
+        "space": {
+            "allow": "Uncalibrated",
+            "include": {"families": ["minmax"], "names": ["fp8"], "stages": ["code.rans.v1"]},
+            "exclude": {"families": ["split"], "names": ["kivi-2"], "stages": ["code.pack.v1"]},
+        },
     },
     "control": {
         "mode": "Pinned",
@@ -99,6 +117,9 @@ def test_example_is_accepted(api: Api) -> None:
 
 
 OBJECTIVE = {"name": "a", "metric": "KVTransferTime", "thresholdMilliseconds": 5}
+OTHER = {"name": "a"}
+LOSS = OTHER | {"maxLossBasisPoints": 0}
+TASK = OTHER | {"builtIn": "Retrieval", "maxLossBasisPoints": 406}
 SELECTOR = {"matchLabels": {"a": "b"}}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("one-target", {"targets": [{"role": "Prefill", "selector": SELECTOR}]}, "one Prefill and one"),
@@ -137,6 +158,48 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("budget", {"quality": {"maxLossBasisPoints": 10_001}}, "spec.quality.maxLossBasisPoints"),
     ("negative", {"quality": {"maxLossBasisPoints": -1}}, "spec.quality.maxLossBasisPoints"),
     ("fraction", {"quality": {"maxLossBasisPoints": 1.5}}, "spec.quality.maxLossBasisPoints"),
+    (
+        "no-items",
+        {"quality": {"tasks": [{"name": "a", "maxLossBasisPoints": 0}]}},
+        "exactly one of",
+    ),
+    (
+        "two-sources",
+        {"quality": {"tasks": [TASK | {"configMapRef": {"name": "x"}}]}},
+        "exactly one of",
+    ),
+    (
+        "few-items",
+        {"quality": {"tasks": [TASK | {"maxLossBasisPoints": 405}]}},
+        "can't be shown with so few items",
+    ),
+    ("same-task", {"quality": {"tasks": [TASK, TASK]}}, "Duplicate"),
+    ("other-task", {"quality": {"tasks": [TASK | {"builtIn": "Sums"}]}}, "tasks[0].builtIn"),
+    ("task-name", {"quality": {"tasks": [TASK | {"name": "A"}]}}, "tasks[0].name"),
+    (
+        "way-out",
+        {"quality": {"tasks": [OTHER | {"pvc": {"claimName": "c", "path": "a/../b"}}]}},
+        "tasks[0].pvc.path",
+    ),
+    ("no-limit", {"quality": {"tasks": [OTHER | {"builtIn": "LastWord"}]}}, "tasks[0]"),
+    ("interval", {"profiling": {"onDrift": {"minIntervalSeconds": 4}}}, "minIntervalSeconds"),
+    ("allow", {"profiling": {"space": {"allow": "Some"}}}, "space.allow"),
+    ("family", {"profiling": {"space": {"include": {"families": ["x"]}}}}, "include.families[0]"),
+    ("no-family", {"profiling": {"space": {"exclude": {"names": [""]}}}}, "exclude.names[0]"),
+    (
+        "two-families",
+        {"profiling": {"space": {"exclude": {"families": ["fp8", "fp8"]}}}},
+        "exclude.families",
+    ),
+    ("no-raw", {"profiling": {"space": {"exclude": {"names": ["none"]}}}}, "space.exclude.names"),
+    (
+        "no-fallback",
+        {
+            "profiling": {"space": {"exclude": {"names": ["fp8"]}}},
+            "control": {"failsafe": {"fallbackProfile": "fp8"}},
+        },
+        "space.exclude.names",
+    ),
     ("trials", {"profiling": {"budget": {"maxTrials": 3}}}, "spec.profiling.budget.maxTrials"),
     ("deadline", {"profiling": {"budget": {"activeDeadlineSeconds": 59}}}, "activeDeadlineSeconds"),
     ("lease", {"control": {"failsafe": {"leaseSeconds": 4}}}, "leaseSeconds"),
@@ -367,7 +430,8 @@ def test_python_reads_every_field_of_the_spec() -> None:
     open_maps = ("matchLabels", "requests", "limits")
     missing = {p for p in paths - given if not p.endswith(open_maps)}
     # what the list of classes can have as well is the same schema as the policy's own
-    assert {p for p in missing if not p.startswith("workloads[].slo")} == set()
+    repeated = ("workloads[].slo", "workloads[].quality.tasks")
+    assert {p for p in missing if not p.startswith(repeated)} == set()
 
 
 def _collect(value: Any, path: str, into: set[str]) -> None:
