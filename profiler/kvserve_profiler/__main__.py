@@ -9,7 +9,13 @@ from types import FrameType
 import click
 
 from kvserve_api.errors import KVServeError
-from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS, ExitCode
+from kvserve_api.names import (
+    CLAIMS_DIR,
+    ENV_ARTIFACTS,
+    ENV_CALIBRATION_TOKENS,
+    TASKS_DIR,
+    ExitCode,
+)
 from kvserve_api.otel import configure
 from kvserve_profiler.cli import profile
 
@@ -33,6 +39,18 @@ main.add_command(profile)
 )
 @click.option(
     "--texts", envvar="KVSERVE_TEXTS", default="/etc/kvserve/texts", help="Folder with <class>.txt."
+)
+@click.option(
+    "--tasks",
+    envvar="KVSERVE_TASKS",
+    default=TASKS_DIR,
+    help="Folder with <class>.<task>.jsonl.",
+)
+@click.option(
+    "--claims",
+    envvar="KVSERVE_CLAIMS",
+    default=CLAIMS_DIR,
+    help="Folder with a folder for each volume that holds items of tasks.",
 )
 @click.option(
     "--model",
@@ -73,6 +91,8 @@ def job(
     context: click.Context,
     inputs: str,
     texts: str,
+    tasks: str,
+    claims: str,
     model: str,
     namespace: str,
     policy: str,
@@ -95,6 +115,8 @@ def job(
         options = JobOptions(
             inputs=Path(inputs),
             texts=Path(texts),
+            tasks=Path(tasks),
+            claims=Path(claims),
             model=model,
             owner=Owner(namespace=namespace, name=policy, uid=policy_uid),
             artifacts=artifacts,

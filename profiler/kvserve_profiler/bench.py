@@ -134,11 +134,14 @@ class Bench:
             MeasurementError: It is not as lossless as it says, or something is not finite.
             KVServeError: The codec refuses this KV cache.
         """
-        qualities = {}
+        qualities, seen = {}, []
         for key in self._texts:
             tally = Tally()
-            self._score(codec, self._held_out(key), tally)
+            windows = self._held_out(key)
+            self._score(codec, windows, tally)
             qualities[key] = tally.quality(self._settings)
+            if windows is self._seen[key]:
+                seen.append(key)
         kv = self.sample
         parts = [kv.first(tokens) for tokens in sizes_tokens(kv.tokens)]
         native = [self.layout.native_bytes(part.tokens) for part in parts]
@@ -149,6 +152,7 @@ class Bench:
             decode=fit(native, [decode_s for _, decode_s in times]),
             lossless=codec.lossless,
             native_bytes=native[-1],
+            seen=tuple(seen),
         )
 
     def _time(self, codec: Codec, kv: KV) -> tuple[float, float]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Tell: TypeAlias = Callable[[str], None]
 """Takes what is being done, for people."""
 TELL_EVERY_S: Final = 5.0
+LEFT_OUT: Final = "profiling.space leaves out what needs a calibration"
 FILES: Final = ("*.json", "*.safetensors", "*.model", "*.txt")
 """What of a model on the hub is loaded."""
 
@@ -48,7 +49,7 @@ class Calibration:
         """Return the task with what its bundle will be made with, or without the strategies that need one."""
         keys = _keys(task)
         if not any(candidate.calibrated for candidate in task.space):
-            return task
+            return task if task.inputs.space.whole else task.without_bundle(LEFT_OUT)
         if self.store is None:
             return task.without_bundle(f"there is no artifact store, {ENV_ARTIFACTS} is empty")
         if self.tokens == 0:

@@ -11,6 +11,7 @@ from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS
 from kvserve_api.policy import KIND, Policy
 from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN
 from kvserve_api.run import ClassInputs, RunInputs
+from kvserve_api.space_limits import SpaceLimits
 
 for _package in ("torch", "transformers"):
     # the command line tells from this which extra is missing, without importing what takes seconds
@@ -52,6 +53,13 @@ DEFAULT_MAX_TRIALS = 64
     "Without it, a small built-in corpus is used.",
 )
 @click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="[CLASS/]NAME=FILE",
+    help="Items of a task that the policy has in a ConfigMap or volume, by default of the class 'default'. Repeatable.",
+)
+@click.option(
     "--max-trials",
     type=click.IntRange(1, 4096),
     help=f"Most strategies to measure; by default the policy's number, or {DEFAULT_MAX_TRIALS}.",
@@ -87,6 +95,7 @@ def profile(
     out: Path,
     policy_file: Path | None,
     texts: tuple[str, ...],
+    tasks: tuple[str, ...],
     max_trials: int | None,
     seed: int,
     threads: int,
@@ -105,12 +114,14 @@ def profile(
     try:
         files = text_files(texts)
         policy = read_policy(policy_file) if policy_file else None
+        items = task_files(tasks, policy)
         inputs = local_inputs(model, policy, files, max_trials=max_trials, seed=seed)
         run_local(
             inputs,
             model=model,
             out=out,
             text_files=files,
+            task_files=items,
             threads=threads,
             artifacts=artifacts,
             calibration_tokens=calibration_tokens,
@@ -134,6 +145,50 @@ def text_files(options: Sequence[str]) -> dict[str, Path]:
         if name in files:
             raise SpecError("--text", f"class {name} has two texts: join them into one file")
         files[name] = Path(path)
+    return files
+
+
+def task_files(options: Sequence[str], policy: Policy | None) -> dict[tuple[str, str], Path]:
+    """Return the file of each workload class and task from the values of ``--task``.
+
+    A class that has the default class's tasks takes its files too.
+
+    Raises:
+        SpecError: A task has no file or two, or there is no such task.
+    """
+    given: dict[tuple[str, str], Path] = {}
+    for option in options:
+        place, separator, path = option.partition("=")
+        name, _, task = place.rpartition("/")
+        key = (name or DEFAULT_CLASS, task)
+        if not separator or not task:
+            raise SpecError("--task", f"must be [CLASS/]NAME=FILE, got {option!r}")
+        if key in given:
+            raise SpecError("--task", f"{place} has two files: join them into one")
+        given[key] = Path(path)
+    files: dict[tuple[str, str], Path] = {}
+    known: set[tuple[str, str]] = set()
+    for name, workload in policy.classes.items() if policy else ():
+        for check in workload.tasks:
+            key = (name, check.name)
+            known.add(key)
+            shared = check in policy.classes[DEFAULT_CLASS].tasks if policy else False
+            file = given.get(key) or (given.get((DEFAULT_CLASS, check.name)) if shared else None)
+            if file is not None:
+                files[key] = file
+            elif check.built_in is None:
+                where = (
+                    f"file {check.path} of volume {check.claim}"
+                    if check.claim
+                    else f"ConfigMap {check.config_map}, key {check.key}"
+                )
+                raise SpecError(
+                    "--task",
+                    f"{name}/{check.name} has its items in {where}: give {name}/{check.name}=FILE",
+                )
+    if unknown := sorted(given.keys() - known):
+        told = ", ".join("/".join(key) for key in sorted(known)) or "none"
+        raise SpecError("--task", f"the policy has no task {'/'.join(unknown[0])}; it has {told}")
     return files
 
 
@@ -168,16 +223,16 @@ def local_inputs(
     Raises:
         SpecError: A text belongs to no class, or a class's text lies in a ConfigMap and was not given.
     """
-    budgets = {DEFAULT_CLASS: DEFAULT_MAX_LOSS_BP}
+    classes = {DEFAULT_CLASS: ClassInputs(max_loss_bp=DEFAULT_MAX_LOSS_BP)}
     if policy:
-        budgets = {name: c.max_loss_bp for name, c in policy.classes.items()}
+        classes = dict(RunInputs.of_policy(policy, text_digests={}).classes)
         default = policy.profiling.text if DEFAULT_CLASS in files else None
         for name, workload in policy.classes.items():
             if workload.text and name not in files and workload.text != default:
                 where = f"ConfigMap {workload.text.config_map}, key {workload.text.key}"
                 raise SpecError("--text", f"class {name} has its text in {where}: give {name}=FILE")
-    if unknown := sorted(set(files) - set(budgets)):
-        known = ", ".join(sorted(budgets))
+    if unknown := sorted(set(files) - set(classes)):
+        known = ", ".join(sorted(classes))
         raise SpecError("--text", f"there is no class {unknown[0]!r}; known: {known}")
     trials = max_trials or (policy.profiling.max_trials if policy else DEFAULT_MAX_TRIALS)
     return RunInputs(
@@ -185,7 +240,8 @@ def local_inputs(
         model=policy.model.name if policy else model.name,
         revision=policy.model.revision if policy else "",
         model_source=f"folder:{model.name}",
-        classes={name: ClassInputs(max_loss_bp=budget) for name, budget in budgets.items()},
+        classes=classes,
         max_trials=trials,
         seed=seed,
+        space=policy.profiling.space if policy else SpaceLimits(),
     )

@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from kvserve_api.errors import ArtifactError, SpecError
+from kvserve_api.names import CLAIMS_DIR, TASKS_DIR
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import Progress, RunInputs
 from kvserve_profiler.calibration import Calibration
@@ -20,6 +21,7 @@ from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import UNCALIBRATED, require_feasible
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.task import Task
+from kvserve_profiler.tasks.sources import of_inputs as tasks_of_inputs
 from kvserve_profiler.texts import of_inputs
 from kvserve_profiler.trials import TrialLog
 from kvserve_strategies.artifacts import open_store
@@ -35,6 +37,8 @@ class JobOptions:
     Attributes:
         inputs: File with the run's inputs.
         texts: Folder with ``<class>.txt``.
+        tasks: Folder with ``<class>.<task>.jsonl``.
+        claims: Folder with a folder for each PersistentVolumeClaim that holds items of tasks.
         model: Folder of the model; empty for the hub.
         owner: The policy.
         artifacts: URL of the store of calibration bundles; empty to measure only what needs none.
@@ -43,6 +47,8 @@ class JobOptions:
 
     inputs: Path
     texts: Path
+    tasks: Path = Path(TASKS_DIR)
+    claims: Path = Path(CLAIMS_DIR)
     model: str
     owner: Owner
     artifacts: str = ""
@@ -117,8 +123,10 @@ def _measure(
 
         state.progress = Progress(total=total, message="starting")
         texts = of_inputs(inputs, options.texts)
+        checks = tasks_of_inputs(inputs, options.tasks, options.claims)
         source = Source(location=options.model or inputs.model, revision=inputs.revision)
         task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed), grid)
+        task = task.checked_by(checks)
         earlier = maps.load()
         calibration = Calibration(
             store=open_store(options.artifacts) if options.artifacts else None,
@@ -135,9 +143,7 @@ def _measure(
 
 def _save_last(maps: RunConfigMaps, state: State, message: str) -> None:
     last = state.progress
-    progress = Progress(
-        completed=last.completed, failed=last.failed, total=last.total, message=message
-    )
+    progress = replace(last, message=message)
     try:
         maps.save(progress, state.log)
     except Exception as error:

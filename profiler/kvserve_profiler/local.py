@@ -21,6 +21,7 @@ from kvserve_profiler.report import Section, render
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.tables import results
 from kvserve_profiler.task import BUNDLE_KEY, Task
+from kvserve_profiler.tasks.sources import of_files
 from kvserve_profiler.texts import Text
 from kvserve_profiler.trials import TrialLog
 from kvserve_strategies.artifacts import open_store
@@ -32,6 +33,7 @@ def run_local(
     model: Path,
     out: Path,
     text_files: Mapping[str, Path],
+    task_files: Mapping[tuple[str, str], Path],
     threads: int,
     artifacts: str = "",
     calibration_tokens: int | None = None,
@@ -43,6 +45,7 @@ def run_local(
         model: Folder of the model.
         out: Output folder.
         text_files: Text of each workload class that does not use the default class's.
+        task_files: Items of each class and task that are not built in.
         threads: Threads of the model.
         artifacts: URL of a store that gets the calibration bundle too; empty for none.
         calibration_tokens: See `Calibration`.
@@ -61,6 +64,7 @@ def run_local(
         source = Source(location=str(model))
         settings = Settings(seed=inputs.seed, threads=threads)
         task = Task.of(inputs, source, texts, preset_space(), settings, grid)
+        task = task.checked_by(of_files(inputs, task_files))
         store = open_store(artifacts) if artifacts else None
         calibration = Calibration(
             store=open_store(folder.bundles.as_uri()), tokens=calibration_tokens
@@ -89,7 +93,7 @@ def run_local(
         console.print(table)
     console.print(f"{path}  {result.digest}", soft_wrap=True, highlight=False)
     sections = [
-        Section(name=name, text=text.digest, budget_bp=inputs.classes[name].max_loss_bp)
+        Section(name=name, text=text.digest, budget=inputs.classes[name].budget)
         for name, text in task.texts.items()
     ]
     page = folder.write_report(render(result, log, sections))

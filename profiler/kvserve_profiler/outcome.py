@@ -3,14 +3,16 @@
 from typing import Any, Final
 
 from kvserve_api.errors import InfeasibleError
-from kvserve_api.profile_set import NONE, ModelIdentity, ParetoSet, Profile
+from kvserve_api.profile_set import NONE, ModelIdentity, ParetoSet
 from kvserve_api.run import RunInputs
-from kvserve_profiler.pareto import front
+from kvserve_profiler.fronts import best
 from kvserve_profiler.quality import MeasurementError
 from kvserve_profiler.task import BUNDLE_KEY, Task
 from kvserve_profiler.trials import Phase, TrialLog
-from kvserve_strategies import config_needs_bundle
 
+HELD_OUT: Final = "held out"
+SEEN: Final = "those of the search: the text is too short for others"
+"""In the provenance of a set: what windows its losses were measured on."""
 UNCALIBRATED: Final = "none"
 """In the provenance of a set's calibration: why there is none."""
 
@@ -33,21 +35,21 @@ def pareto_set(task: Task, log: TrialLog) -> ParetoSet:
             fingerprint=task.identity.fingerprint,
         ),
         device=task.device,
-        classes={
-            name: front(_profiles(task, log, text.digest), native_bytes)
-            for name, text in task.texts.items()
-        },
+        classes={name: best(task, log, name) for name in task.texts},
         provenance={
             "inputs": task.inputs.digest,
             "image": task.inputs.image,
             "texts": {name: text.digest for name, text in task.texts.items()},
+            "windows": {name: _windows(log, text.digest) for name, text in task.texts.items()},
+            **_tasks(task, log),
+            **({} if task.inputs.space.whole else {"space": task.inputs.space.to_json()}),
             "basis": dict(log.basis),
             "calibration": _calibration(task),
             "codec_time_bytes": native_bytes,
             "trials": {
                 "completed": sum(t.measurement is not None for t in log.of(Phase.SEARCH)),
                 "confirmed": sum(t.measurement is not None for t in log.of(Phase.CONFIRM)),
-                "failed": {t.name: t.error for t in log.trials if t.measurement is None},
+                "failed": {t.name: t.error for t in log.trials if t.error},
                 "duration_s": round(sum(trial.duration_s for trial in log.trials), 3),
             },
             "screened": _screened(log),
@@ -63,17 +65,44 @@ def require_feasible(inputs: RunInputs, result: ParetoSet) -> None:
     """
     problems = []
     for name, wanted in inputs.classes.items():
-        losses = [(p.loss_upper_bp, p.name) for p in result.profiles(name) if p.name != NONE]
-        if losses and min(losses)[0] <= wanted.max_loss_bp:
+        lossy = [p for p in result.profiles(name) if p.name != NONE]
+        if any(wanted.budget.admits(profile) for profile in lossy):
             continue
-        best = "no strategy could be measured"
-        if losses:
-            best = f"the least lossy, {min(losses)[1]}, may lose {min(losses)[0]:.1f}"
-        problems.append(f"class {name}: budget {wanted.max_loss_bp} basis points, {best}")
+        found = "no strategy could be measured"
+        if lossy:
+            least = min(lossy, key=lambda p: (p.loss_upper_bp, p.name))
+            found = f"the least lossy, {least.name}, may lose {least.loss_upper_bp:.1f}"
+            if told := wanted.budget.told(least):
+                found += f", and {told}"
+        problems.append(f"class {name}: budget {wanted.max_loss_bp} basis points, {found}")
     if problems:
         raise InfeasibleError(
             f"{'; '.join(problems)}: raise maxLossBasisPoints, or accept uncompressed transfers"
         )
+
+
+def _windows(log: TrialLog, text: str) -> str:
+    measured = [t.measurement for t in log.of(Phase.CONFIRM) if t.measurement is not None]
+    again = any(text in measurement.seen for measurement in measured)
+    return SEEN if again else HELD_OUT
+
+
+def _tasks(task: Task, log: TrialLog) -> dict[str, Any]:
+    """Return of each class's tasks what was asked, and how often the exact cache answers rightly."""
+    exact = {t.task: t.score.exact for t in log.of(Phase.TASK) if t.score is not None}
+    told = {
+        name: {
+            check: {
+                "digest": asked.digest,
+                "items": len(asked.items),
+                "exact": exact.get(asked.key),
+            }
+            for check, asked in checks.items()
+        }
+        for name, checks in task.checks.items()
+        if checks
+    }
+    return {"tasks": told} if told else {}
 
 
 def _screened(log: TrialLog) -> dict[str, int]:
@@ -85,27 +114,3 @@ def _calibration(task: Task) -> dict[str, Any]:
     if task.bundle is None:
         return {UNCALIBRATED: task.uncalibrated}
     return {BUNDLE_KEY: task.bundle.digest, **task.bundle.provenance}
-
-
-def _profiles(task: Task, log: TrialLog, text_digest: str) -> list[Profile]:
-    digest = None if task.bundle is None else task.bundle.digest
-    profiles = []
-    for trial in log.of(Phase.CONFIRM):
-        measurement = trial.measurement
-        if measurement is None or measurement.encode is None or measurement.decode is None:
-            continue
-        quality = measurement.qualities[text_digest]
-        profiles.append(
-            Profile(
-                name=trial.name,
-                strategy=trial.strategy,
-                ratio=quality.ratio,
-                loss_bp=quality.loss_bp,
-                loss_upper_bp=quality.loss_upper_bp,
-                encode=measurement.encode,
-                decode=measurement.decode,
-                lossless=measurement.lossless,
-                bundle=digest if config_needs_bundle(trial.strategy) else None,
-            )
-        )
-    return profiles

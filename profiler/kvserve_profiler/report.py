@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from kvserve_api.profile_set import ParetoSet, Profile
+from kvserve_api.quality import QualityBudget
 from kvserve_profiler.hypervolume import Reference, axes, hypervolume
 from kvserve_profiler.trials import Phase, Trial, TrialLog
 
@@ -33,12 +34,17 @@ class Section:
     Attributes:
         name: Of the class.
         text: Digest of its text.
-        budget_bp: Its quality budget, in basis points.
+        budget: What its profiles may lose.
     """
 
     name: str
     text: str
-    budget_bp: float
+    budget: QualityBudget
+
+    @property
+    def budget_bp(self) -> float:
+        """The expected growth of perplexity that its profiles may cause, in basis points."""
+        return self.budget.max_loss_bp
 
 
 def render(result: ParetoSet, log: TrialLog, sections: Sequence[Section]) -> str:
@@ -76,7 +82,7 @@ def convergence(log: TrialLog, text: str, budget_bp: float) -> list[float]:
 def _page(result: ParetoSet, log: TrialLog, sections: Sequence[Section]) -> Iterator[str]:
     name = escape(result.model.name)
     trials = log.of(Phase.SEARCH)
-    failed = [trial for trial in log.trials if trial.measurement is None]
+    failed = [trial for trial in log.trials if trial.error]
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: profiles</title>'
     yield f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
     yield f"<h1>Compression profiles of {name}</h1><p>Costs on {escape(result.device)}. "
@@ -97,9 +103,13 @@ def _section(result: ParetoSet, log: TrialLog, section: Section, number: int) ->
     native_bytes = int(result.provenance["codec_time_bytes"])
     profiles = result.profiles(section.name)
     yield f"<h2>Workload class {escape(section.name)}</h2>"
-    yield f"<p>Quality budget: {section.budget_bp:g} basis points.</p>"
+    yield f"<p>Quality budget: {section.budget_bp:g} basis points"
+    yield "".join(f"; {bp} of task {escape(task)}" for task, bp in section.budget.tasks.items())
+    yield f". Windows of the set: {escape(result.provenance['windows'][section.name])}.</p>"
     yield "<table><tr><th>profile</th><th>ratio</th><th>loss, bp</th><th>at most, bp</th><th>encode, ms</th>"
-    yield "<th>decode, ms</th><th>within budget</th></tr>"
+    yield "<th>decode, ms</th>"
+    yield "".join(f"<th>{escape(task)}, at most bp</th>" for task in section.budget.tasks)
+    yield "<th>within budget</th></tr>"
     for profile in profiles:
         cells = (
             escape(profile.name),
@@ -108,7 +118,8 @@ def _section(result: ParetoSet, log: TrialLog, section: Section, number: int) ->
             f"{profile.loss_upper_bp:.1f}",
             f"{profile.encode.seconds(native_bytes) * 1e3:.1f}",
             f"{profile.decode.seconds(native_bytes) * 1e3:.1f}",
-            "yes" if profile.loss_upper_bp <= section.budget_bp else "no",
+            *(_answers(profile, task) for task in section.budget.tasks),
+            "yes" if section.budget.admits(profile) else "no",
         )
         yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     yield f'</table><p>Times are for a prefix of {native_bytes / 1e6:.1f} MB.</p><div class="plots">'
@@ -122,6 +133,12 @@ def _section(result: ParetoSet, log: TrialLog, section: Section, number: int) ->
             full_html=False, include_plotlyjs=False, div_id=f"{kind}-{number}", default_height=520
         )
     yield "</div>"
+
+
+def _answers(profile: Profile, task: str) -> str:
+    """Return the upper limit of the answers that a profile loses of a task."""
+    score = profile.tasks.get(task)
+    return f"{score.loss_upper_bp:.0f}" if score else ("0" if profile.lossless else "–")
 
 
 def _front(

@@ -9,7 +9,7 @@ from rich.table import Table
 from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import ParetoSet
 from kvserve_profiler.texts import Text
-from kvserve_profiler.trials import Trial, TrialLog
+from kvserve_profiler.trials import Phase, Trial, TrialLog
 
 HEADINGS: Final = (
     "in\nset",
@@ -45,10 +45,17 @@ def results(result: ParetoSet, log: TrialLog, texts: Mapping[str, Text]) -> Iter
                 no_wrap=index != 1,
                 overflow="fold" if index == 1 else "ellipsis",
             )
-        kept = {profile.name for profile in result.profiles(name)}
-        latest = {trial.strategy.digest: trial for trial in log.trials}
+        kept = {profile.name: profile for profile in result.profiles(name)}
+        tasks = sorted({task for profile in kept.values() for task in profile.tasks})
+        for task in tasks:
+            table.add_column(f"{task}\n≤ bp", justify="right", no_wrap=True)
+        latest = {t.strategy.digest: t for t in log.trials if t.phase != Phase.TASK}
         for trial in sorted(latest.values(), key=lambda t: -_ratio(t, text.digest)):
-            table.add_row("yes" if trial.name in kept else "", *_cells(trial, text.digest))
+            cells = _cells(trial, text.digest)
+            scores = kept[trial.name].tasks if trial.name in kept else {}
+            answers = [f"{scores[t].loss_upper_bp:.0f}" if t in scores else "" for t in tasks]
+            blank = [""] * (len(HEADINGS) - 1 - len(cells))
+            table.add_row("yes" if trial.name in kept else "", *cells, *blank, *answers)
         yield table
 
 

@@ -10,7 +10,9 @@ from kvserve_profiler.candidates import Candidate, Grid
 from kvserve_profiler.cost import device_kind
 from kvserve_profiler.identity import Identity, identify
 from kvserve_profiler.model import Source
+from kvserve_profiler.narrowing import check, narrow
 from kvserve_profiler.settings import Settings
+from kvserve_profiler.tasks.items import TaskSet
 from kvserve_profiler.texts import Text, unique
 from kvserve_profiler.trials import TrialLog
 from kvserve_strategies.bundle import Bundle
@@ -28,8 +30,10 @@ class Task:
         inputs: What was asked for.
         source: Where the model is.
         texts: The evaluation text of each workload class.
-        space: The strategies that have names of their own; a search begins with them.
-        grid: Returns the strategy space around them; None to measure no others.
+        counts: How many strategies the limits leave, and of how many; None without limits, and before they are known.
+        checks: For each workload class what must still be answered rightly, by the task's name.
+        space: The strategies that have names of their own and may be measured; a search begins with them.
+        grid: Returns the strategy space around them, not yet limited; None to measure no others.
         settings: How to measure.
         identity: Of the model.
         device: What the costs are measured on.
@@ -49,6 +53,8 @@ class Task:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     bundle: Bundle | None = None
     uncalibrated: str = ""
+    checks: Mapping[str, Mapping[str, TaskSet]] = field(default_factory=dict)
+    counts: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -63,19 +69,24 @@ class Task:
         """Return a task on this machine.
 
         Raises:
-            SpecError: There is no model.
+            SpecError: There is no model, or the limits of the space name what there is not.
             UnsupportedError: The model has no plain KV cache.
         """
+        check(inputs.space)
         return cls(
             inputs=inputs,
             source=source,
             texts=texts,
-            space=tuple(space),
+            space=narrow(inputs.space, space),
             grid=grid,
             settings=settings,
             identity=identify(source),
             device=device_kind(),
         )
+
+    def checked_by(self, checks: Mapping[str, Mapping[str, TaskSet]]) -> "Task":
+        """Return the task with what its result must still answer rightly."""
+        return replace(self, checks=checks)
 
     def calibrated_by(self, recipe: Mapping[str, Any]) -> "Task":
         """Return the task with what its bundle will be made with."""

@@ -16,6 +16,7 @@ from kvserve_api.canonical import canonical_json
 from kvserve_api.errors import ArtifactError
 from kvserve_api.fields import Fields
 from kvserve_api.latency import StageCost
+from kvserve_api.quality import TaskScore
 from kvserve_api.strategy import StrategyConfig
 from kvserve_profiler.quality import Quality
 from kvserve_profiler.screening import Screening
@@ -31,6 +32,8 @@ class Phase(StrEnum):
     """To find out where to look: on the windows of the search, as many of them as it took."""
     CONFIRM = "confirm"
     """For the result: on all windows that were held out, and with its costs."""
+    TASK = "task"
+    """For the result: the answers to a task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +46,7 @@ class Measurement:
         decode: Cost of decoding, likewise.
         lossless: The decoded KV equals the native KV bit by bit, on every text.
         native_bytes: The transfer of a whole prefix, uncompressed, whose codec time counts.
+        seen: Texts, by digest, that are too short for windows of their own: those of the search served again.
     """
 
     qualities: Mapping[str, Quality]
@@ -50,15 +54,18 @@ class Measurement:
     decode: StageCost | None = None
     lossless: bool
     native_bytes: int
+    seen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as an object."""
         costs = (("encode", self.encode), ("decode", self.decode))
-        return {
+        value: dict[str, Any] = {
             "qualities": {text: quality.to_json() for text, quality in self.qualities.items()},
             "lossless": self.lossless,
             "native_bytes": self.native_bytes,
-        } | {name: cost.to_json() for name, cost in costs if cost is not None}
+        }
+        value |= {name: cost.to_json() for name, cost in costs if cost is not None}
+        return value | ({"seen": list(self.seen)} if self.seen else {})
 
     @classmethod
     def from_json(cls, fields: Fields) -> Self:
@@ -72,6 +79,7 @@ class Measurement:
             decode=_cost(fields, "decode"),
             lossless=fields.boolean("lossless"),
             native_bytes=fields.integer("native_bytes", minimum=1),
+            seen=tuple(map(str, fields.items("seen", []))),
         )
         fields.done()
         return measurement
@@ -92,7 +100,9 @@ class Trial:
         strategy: What was measured.
         phase: What for.
         duration_s: How long it took, in seconds, to the millisecond.
-        measurement: What was measured; None if it failed.
+        measurement: What was measured; None if it failed, or answered a task.
+        task: What tells the task that it answered from others, see `TaskSet.key`; empty for no task.
+        score: How it answered; None if it failed, or answered no task.
         error: Why it failed; empty if it did not.
     """
 
@@ -101,11 +111,16 @@ class Trial:
     phase: Phase = Phase.SEARCH
     duration_s: float
     measurement: Measurement | None = None
+    task: str = ""
+    score: TaskScore | None = None
     error: str = ""
 
     def __post_init__(self) -> None:
-        if (self.measurement is None) != bool(self.error):
-            raise ArtifactError("error", "must be there if and only if there is no measurement")
+        if (self.phase == Phase.TASK) != bool(self.task):
+            raise ArtifactError("task", f"must be there if and only if the phase is {Phase.TASK}")
+        found, other = (self.measurement, self.score)[:: -1 if self.task else 1]
+        if other is not None or (found is None) != bool(self.error):
+            raise ArtifactError("error", "must be there if and only if nothing was measured")
         object.__setattr__(self, "error", self.error[:MAX_ERROR])
         object.__setattr__(self, "duration_s", round(float(self.duration_s), 3))
 
@@ -117,9 +132,11 @@ class Trial:
             "phase": str(self.phase),
             "duration_s": self.duration_s,
         }
-        if self.measurement is None:
-            return value | {"error": self.error}
-        return value | {"measurement": self.measurement.to_json()}
+        value |= {"task": self.task} if self.task else {}
+        for key, found in (("measurement", self.measurement), ("score", self.score)):
+            if found is not None:
+                return value | {key: found.to_json()}
+        return value | {"error": self.error}
 
     @classmethod
     def from_json(cls, fields: Fields) -> Self:
@@ -134,9 +151,11 @@ class Trial:
                 if fields.has("measurement")
                 else None
             ),
+            task=fields.string("task", ""),
+            score=TaskScore.from_json(fields.child("score")) if fields.has("score") else None,
             error=fields.string("error", ""),
         )
-        fields.ignore("measurement")
+        fields.ignore("measurement", "score")
         fields.done()
         return trial
 
@@ -162,6 +181,10 @@ class TrialLog:
     def measured(self, phase: Phase) -> frozenset[str]:
         """Return the digests of the strategies that need no further trial in a phase."""
         return frozenset(trial.strategy.digest for trial in self.of(phase))
+
+    def answers(self) -> dict[tuple[str, str], TaskScore | None]:
+        """Return the scores of strategies, by digest, on tasks, by key; None for one that could not answer."""
+        return {(t.strategy.digest, t.task): t.score for t in self.of(Phase.TASK)}
 
     def plus(self, trial: Trial) -> "TrialLog":
         """Return the log with one more trial."""

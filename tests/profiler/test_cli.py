@@ -192,6 +192,38 @@ def test_a_policys_text_must_be_given(policy_file: Path) -> None:
     assert inputs.max_trials == 4
 
 
+def test_a_policys_tasks_are_answered(model_folder: Path, tmp_path: Path) -> None:
+    """Items from a file and built-in ones are answered, the table has a column for each, and the set the scores."""
+    tasks = """
+  quality:
+    maxLossBasisPoints: 10000
+    tasks:
+    - {name: choice, configMapRef: {name: items}, maxLossBasisPoints: 10000}
+"""
+    text = POLICY.partition("  workloads")[0].replace(
+        "  quality: {maxLossBasisPoints: 10000}", tasks
+    )
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(text)
+    line = {"task": "multiple-choice", "question": "a b c d", "choices": ["e", "f"], "answer": 0}
+    (tmp_path / "items.jsonl").write_text(json.dumps(line))
+    out = tmp_path / "out"
+    arguments = ("--model", model_folder, "--policy", policy, "--out", out)
+    without = invoke(*arguments)
+    assert without.exit_code == 64
+    assert "ConfigMap items, key items.jsonl: give default/choice=FILE" in without.stderr
+    unknown = invoke(*arguments, "--task", "sums=x")
+    assert unknown.exit_code == 64
+    done = invoke(*arguments, "--task", f"choice={tmp_path / 'items.jsonl'}")
+    assert done.exit_code == 0, done.output
+    result = ParetoSet.parse((out / "pareto.json").read_bytes())
+    lossy = [p for p in result.profiles("default") if not p.lossless]
+    assert lossy
+    assert {p.tasks["choice"].items for p in lossy} == {1}
+    assert "choice" in done.stdout
+    assert "choice, at most bp" in (out / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: what is measured, what a failure does, and how a killed run goes on."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,20 @@ import torch
 
 from kvserve_api.errors import InfeasibleError, SpecError, StrategyError, UnsupportedError
 from kvserve_api.profile_set import NONE, ParetoSet
-from kvserve_api.run import ClassInputs, Progress, RunInputs
+from kvserve_api.run import ClassInputs, Progress, RunInputs, TaskInputs
+from kvserve_api.space_limits import Allow, SpaceLimits, StrategySelector
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_profiler.bench import Bench
-from kvserve_profiler.candidates import Candidate, preset_space
+from kvserve_profiler.candidates import Candidate, grid, preset_space
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.engine import profile
 from kvserve_profiler.model import KV, Model
+from kvserve_profiler.narrowing import family_of
 from kvserve_profiler.outcome import pareto_set, require_feasible
 from kvserve_profiler.plan import search_is_over
 from kvserve_profiler.quality import MeasurementError
 from kvserve_profiler.task import Task
+from kvserve_profiler.tasks.items import TaskSet
 from kvserve_profiler.texts import Text, unique
 from kvserve_profiler.trials import Phase, TrialLog
 
@@ -155,6 +159,87 @@ def test_classes_with_their_own_text_have_their_own_losses(make_task: MakeTask) 
         name: {p.name: p.loss_bp for p in result.profiles(name)} for name in ("default", "words")
     }
     assert loss["default"]["int8-token"] != loss["words"]["int8-token"]
+
+
+@pytest.fixture
+def asked(make_task: MakeTask) -> Task:
+    """A run whose profiles must choose rightly, with little to lose."""
+    lines = [
+        {
+            "task": "multiple-choice",
+            "question": f"{n} " * 20,
+            "choices": ["a", "bc"],
+            "answer": n % 2,
+        }
+        for n in range(4)
+    ]
+    items = TaskSet.parse("\n".join(map(json.dumps, lines)).encode(), "items")
+    task = make_task()
+    wanted = TaskInputs(source="configmap", items=64, max_loss_bp=4100)
+    classes = {"default": ClassInputs(max_loss_bp=10_000, tasks={"choice": wanted})}
+    inputs = dataclasses.replace(task.inputs, classes=classes)
+    return dataclasses.replace(task, inputs=inputs).checked_by({"default": {"choice": items}})
+
+
+def test_survivors_answer_the_tasks(asked: Task) -> None:
+    """Each lossy profile of the set has a score, the exact share is told, and a killed run asks only the rest."""
+    result, log, steps = run(asked)
+    lossy = [p for p in result.profiles("default") if not p.lossless]
+    assert lossy
+    assert {p.name for p in lossy if p.tasks["choice"].items != 4} == set()
+    assert all(p.tasks == {} for p in result.profiles("default") if p.lossless)
+    (told,) = {t.score.exact for t in log.of(Phase.TASK) if t.score}
+    assert result.provenance["tasks"]["default"]["choice"]["exact"] == told
+    assert result.provenance["windows"] == {"default": "held out"}
+    assert any(step.message.startswith("asking choice of ") for step in steps)
+    assert steps[-1] == Progress(completed=4, failed=0, total=4)
+    assert ParetoSet.parse(result.canonical()) == result
+    text = "".join(log.lines()[:-1])
+    again, rest, steps = run(asked, asked.log().resume(text))
+    assert [step.message.partition(" ")[0] for step in steps if step.message] == [
+        "loading",
+        "asking",
+    ]
+    assert again.classes == result.classes
+    assert len(rest.trials) == len(log.trials)
+
+
+def test_a_prompt_that_is_too_long_is_bad_input(asked: Task) -> None:
+    """It ends the run with the prompt's beginning, as no strategy can help."""
+    line = json.dumps({"task": "last-word", "text": "word " * 400})
+    items = TaskSet.parse(line.encode(), "items")
+    with pytest.raises(SpecError, match="the model takes 1024"):
+        run(asked.checked_by({"default": {"choice": items}}))
+
+
+def test_a_text_that_is_too_short_for_held_out_windows_is_told(make_task: MakeTask) -> None:
+    """Where the search's windows serve twice, the set says so."""
+    text = Text(digest="sha256:" + "2" * 64, documents=("one two three four " * 4,))
+    result, _, _ = run(dataclasses.replace(make_task(), texts={"default": text}))
+    assert "too short for others" in result.provenance["windows"]["default"]
+
+
+def test_a_policy_cuts_the_space(make_task: MakeTask) -> None:
+    """Only what the limits leave is screened and tried, progress counts it, and the set says what was left out."""
+    task = make_task(max_trials=12)
+    limits = SpaceLimits(
+        allow=Allow.UNCALIBRATED,
+        include=StrategySelector(families=("fp8",), names=("int8-token",)),
+        exclude=StrategySelector(stages=("code.pack.v1",)),
+    )
+    inputs = dataclasses.replace(task.inputs, space=limits)
+    narrow = Task.of(inputs, task.source, task.texts, preset_space(), task.settings, grid)
+    result, log, steps = run(narrow)
+    assert {family_of(trial.name) for trial in log.of(Phase.SEARCH)} <= {"raw", "fp8"}
+    assert steps[-1].total == len(log.of(Phase.SEARCH)) < 12
+    assert steps[-1].allowed == steps[-1].total - 1
+    assert (steps[-1].known or 0) > 300
+    assert result.provenance["space"] == limits.to_json()
+    nothing = SpaceLimits(include=StrategySelector(names=("joint-3x0-step9",)))
+    inputs = dataclasses.replace(task.inputs, space=nothing)
+    empty = Task.of(inputs, task.source, task.texts, preset_space(), task.settings, grid)
+    with pytest.raises(SpecError, match="leaves no strategy but none"):
+        run(empty)
 
 
 def test_too_long_windows_are_unsupported(make_task: MakeTask) -> None:

@@ -18,7 +18,7 @@ from kvserve_api.canonical import digest_bytes
 from kvserve_api.errors import InfeasibleError, SpecError, UnavailableError
 from kvserve_api.names import child_name
 from kvserve_api.profile_set import ParetoSet
-from kvserve_api.run import ClassInputs, Progress, RunInputs
+from kvserve_api.run import ClassInputs, Progress, RunInputs, TaskInputs
 from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
 from kvserve_profiler.job import JobOptions, run_job
@@ -29,6 +29,10 @@ from testcluster import Cluster
 
 CRD = Path(__file__).parents[2] / "crds" / "kvservepolicies.yaml"
 POLICY = "chat"
+ITEMS = b"""
+{"task": "multiple-choice", "question": "one two three", "choices": ["four", "five"], "answer": 0}
+{"task": "last-word", "text": "one two three four"}
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +114,24 @@ def stage(
         model_source="pvc:models/",
         classes={
             "default": ClassInputs(max_loss_bp=10_000),
-            "words": ClassInputs(max_loss_bp=10_000, text_digest=digest_bytes(b"words " * 300)),
+            "words": ClassInputs(
+                max_loss_bp=10_000,
+                text_digest=digest_bytes(b"words " * 300),
+                tasks={
+                    "mapped": TaskInputs(
+                        source="configmap", items=9, max_loss_bp=10_000, digest=digest_bytes(ITEMS)
+                    ),
+                    "stored": TaskInputs(source="pvc:data/a/b.jsonl", items=1, max_loss_bp=10_000),
+                },
+            ),
         },
         max_trials=4,
     )
     (tmp_path / "inputs.json").write_bytes(inputs.canonical())
     (tmp_path / "words.txt").write_bytes(b"words " * 300)
+    (tmp_path / "words.mapped.jsonl").write_bytes(ITEMS)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "b.jsonl").write_bytes(ITEMS)
     control_plane.kubectl("apply", "--server-side", "-f", str(CRD))
     control_plane.kubectl(
         "wait", "--for=condition=Established", "crd/kvservepolicies.kvserve.io", "--timeout=30s"
@@ -146,6 +162,8 @@ def stage(
     environment = os.environ | {
         "KVSERVE_INPUTS": str(tmp_path / "inputs.json"),
         "KVSERVE_TEXTS": str(tmp_path),
+        "KVSERVE_TASKS": str(tmp_path),
+        "KVSERVE_CLAIMS": str(tmp_path),
         "KVSERVE_MODEL_PATH": str(model_folder),
         "KVSERVE_NAMESPACE": namespace,
         "KVSERVE_POLICY": POLICY,
@@ -160,6 +178,8 @@ def stage(
         options=JobOptions(
             inputs=tmp_path / "inputs.json",
             texts=tmp_path,
+            tasks=tmp_path,
+            claims=tmp_path,
             model=str(model_folder),
             owner=Owner(namespace=namespace, name=POLICY, uid=uid),
         ),
@@ -189,7 +209,12 @@ def test_a_job_publishes_and_a_second_one_changes_nothing(
     assert (reference["kind"], reference["uid"]) == ("KVServePolicy", owner.uid)
     assert set(result.classes) == {"default", "words"}
     assert stage.progress() == Progress(completed=4, failed=0, total=4, message=message)
-    assert len(stage.get(stage.run_name)["data"]["trials.jsonl"].splitlines()) == 10
+    lossy = [profile for profile in result.profiles("words") if not profile.lossless]
+    scores = {(name, score.items) for p in lossy for name, score in p.tasks.items()}
+    assert scores == {("mapped", 2), ("stored", 1)}
+    assert not any(profile.tasks for profile in result.profiles("default"))
+    lines = stage.get(stage.run_name)["data"]["trials.jsonl"].splitlines()
+    assert len(lines) == 10 + 2 * len(lossy)
     assert stage.get(stage.run_name)["data"]["inputs.json"] == stage.inputs.canonical().decode()
     capfd.readouterr()
     assert run_job(stage.options, space) == message
@@ -286,6 +311,15 @@ def test_an_edited_text_ends_the_run_with_a_message(
     assert "edited after the run was planned" in stage.progress().message
     names = stage.cluster.kubectl("-n", stage.namespace, "get", "configmap", "-o", "name")
     assert stage.pareto_name not in names
+
+
+def test_edited_items_end_the_run_with_a_message(
+    stage: Stage, space: tuple[Candidate, ...]
+) -> None:
+    """Items other than those of the ConfigMap that the run was planned for are bad input."""
+    (stage.options.tasks / "words.mapped.jsonl").write_bytes(ITEMS + b"\n")
+    with pytest.raises(SpecError, match=r"tasks\.mapped.*edited after the run was planned"):
+        run_job(stage.options, space)
 
 
 def test_what_the_role_forbids_is_worth_a_retry(stage: Stage) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import ModelIdentity, ParetoSet, Profile
+from kvserve_api.quality import QualityBudget
 from kvserve_profiler.quality import Quality
 from kvserve_profiler.report import Section, convergence, render
 from kvserve_profiler.screening import Cheap, Screening
@@ -23,7 +24,7 @@ LOSSES_BP = {
     "kivi-2": (6.4, 2500.0),
 }
 COST = StageCost(floor_s=1e-4, offset_s=0.0, bytes_per_s=1e9)
-SECTIONS = [Section(name="default", text=TEXT, budget_bp=100.0)]
+SECTIONS = [Section(name="default", text=TEXT, budget=QualityBudget(max_loss_bp=100))]
 
 
 def trial(name: str, ratio: float, loss_bp: float, phase: Phase = Phase.SEARCH) -> Trial:
@@ -63,7 +64,7 @@ def result(model: str) -> ParetoSet:
         model=ModelIdentity(name=model, revision="", fingerprint="sha256:" + "0" * 64),
         device="cpu-avx2",
         classes={"default": profiles},
-        provenance={"codec_time_bytes": 10**7},
+        provenance={"codec_time_bytes": 10**7, "windows": {"default": "held out"}},
     )
 
 
@@ -140,7 +141,9 @@ def test_no_name_breaks_the_page() -> None:
     evil = "</script><img src=x onerror=alert(1)>"
     page = Page(
         render(
-            result(evil), log("none", error=evil), [Section(name="default", text=TEXT, budget_bp=1)]
+            result(evil),
+            log("none", error=evil),
+            [Section(name="default", text=TEXT, budget=QualityBudget(max_loss_bp=1))],
         )
     )
     assert page.loads == []
@@ -162,6 +165,10 @@ def test_the_volume_grows_with_what_is_useful() -> None:
 def test_a_budget_of_nothing_has_a_page_too(budget_bp: float) -> None:
     """No logarithm of zero."""
     page = Page(
-        render(result("m"), log("none"), [Section(name="default", text=TEXT, budget_bp=budget_bp)])
+        render(
+            result("m"),
+            log("none"),
+            [Section(name="default", text=TEXT, budget=QualityBudget(max_loss_bp=budget_bp))],
+        )
     )
     assert "Quality budget" in page.text

@@ -6,6 +6,7 @@ import pytest
 
 from kvserve_api.errors import ArtifactError
 from kvserve_api.latency import StageCost
+from kvserve_api.quality import TaskScore
 from kvserve_profiler.quality import Quality
 from kvserve_profiler.screening import Cheap, Screening
 from kvserve_profiler.trials import Measurement, Phase, Trial, TrialLog
@@ -39,7 +40,15 @@ LOG = TrialLog(
             strategy=PRESETS["none"],
             phase=Phase.CONFIRM,
             duration_s=2,
-            measurement=MEASUREMENT,
+            measurement=dataclasses.replace(MEASUREMENT, seen=("sha256:ab",)),
+        ),
+        Trial(
+            name="fp8",
+            strategy=PRESETS["fp8"],
+            phase=Phase.TASK,
+            duration_s=3,
+            task="sha256:cd/64",
+            score=TaskScore(items=64, exact=0.75, compressed=0.5, loss_upper_bp=3500.5),
         ),
     ),
 )

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from kvserve_profiler.tasks.items import TaskSet
     from kvserve_strategies.bundle import Bundle
 
-MAX_BYTES = 64 * 1024 * 1024
-
 
 def read_task(name: str, items: int) -> "TaskSet":
     """Return a built-in task, or that of a file.
@@ -25,21 +23,15 @@ def read_task(name: str, items: int) -> "TaskSet":
         SpecError: It is neither, or the file holds no items.
     """
     from kvserve_profiler.tasks.builtin import NAMES, task_set
-    from kvserve_profiler.tasks.items import TaskSet
+    from kvserve_profiler.tasks.sources import read_items
 
     if name in NAMES:
         return task_set(name, items=items)
-    path = Path(name)
     try:
-        with path.open("rb") as file:
-            document = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        problem = f"can't read {name!r}: {error.strerror}; built in: {', '.join(NAMES)}"
-        raise SpecError("--task", problem) from error
-    if len(document) > MAX_BYTES:
-        raise SpecError("--task", f"{name} has more than {MAX_BYTES} bytes: use an excerpt")
-    task = TaskSet.parse(document, str(path))
-    return TaskSet(digest=task.digest, items=task.items[:items])
+        task = read_items(Path(name), "--task")
+    except SpecError as error:
+        raise SpecError("--task", f"{error.problem}; built in: {', '.join(NAMES)}") from error
+    return task.first(items)
 
 
 def run(

@@ -81,6 +81,15 @@ class TaskSet:
     digest: str
     items: tuple[Item, ...]
 
+    @property
+    def key(self) -> str:
+        """What tells the items from others in a trial log."""
+        return f"{self.digest}/{len(self.items)}"
+
+    def first(self, items: int) -> "TaskSet":
+        """Return the task with so many of its items at most."""
+        return TaskSet(digest=self.digest, items=self.items[:items])
+
     @classmethod
     def parse(cls, document: bytes, field: str) -> "TaskSet":
         """Read JSON lines; empty lines are skipped.

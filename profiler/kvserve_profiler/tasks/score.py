@@ -6,57 +6,9 @@ interval (Statistics in Medicine 17, 1998), which holds for few items and for no
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Final, Self
 
-from kvserve_api.fields import Fields
-
-BASIS_POINTS: Final = 10_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskScore:
-    """What a strategy does to the answers of a task.
-
-    Attributes:
-        items: Items answered.
-        exact: Share answered rightly with the exact cache.
-        compressed: Share answered rightly with the compressed one.
-        loss_upper_bp: One-sided upper confidence limit of the share lost, in basis points, 100 of which are one
-            percentage point.
-    """
-
-    items: int
-    exact: float
-    compressed: float
-    loss_upper_bp: float
-
-    @property
-    def loss_bp(self) -> float:
-        """The share lost, in basis points; negative if compression helped by chance."""
-        return (self.exact - self.compressed) * BASIS_POINTS
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the score as an object."""
-        return {
-            "items": self.items,
-            "exact": self.exact,
-            "compressed": self.compressed,
-            "loss_upper_bp": self.loss_upper_bp,
-        }
-
-    @classmethod
-    def from_json(cls, fields: Fields) -> Self:
-        """Read a score."""
-        score = cls(
-            items=fields.integer("items", minimum=1),
-            exact=fields.number("exact", minimum=0, maximum=1),
-            compressed=fields.number("compressed", minimum=0, maximum=1),
-            loss_upper_bp=fields.number("loss_upper_bp", minimum=0, maximum=BASIS_POINTS),
-        )
-        fields.done()
-        return score
+from kvserve_api.quality import BASIS_POINTS, TaskScore
 
 
 def compare(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kvserve_api.fields import Fields
-from kvserve_profiler.tasks.score import TaskScore, compare, upper_difference
+from kvserve_api.quality import TaskScore
+from kvserve_profiler.tasks.score import compare, upper_difference
 
 Z95 = 1.6448536269514722
 
