@@ -9,6 +9,7 @@ from kvserve_api.errors import ArtifactError, PolicyError
 from kvserve_api.latency import Link
 from kvserve_api.policy import Metric, Mode, Objective, Policy
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
+from kvserve_api.quality import QualityBudget
 from kvserve_api.table import (
     MAX_CANDIDATES,
     Candidate,
@@ -65,9 +66,9 @@ def compile_table(
 ) -> DecisionTable:
     """Compile the table of a policy.
 
-    Each workload class may use at most ``MAX_CANDIDATES`` profiles whose upper limit of quality loss is within its
-    budget, always with ``none``. A pinned profile is meant and may exceed the budget; a fallback may not, because it
-    applies without anybody asking for it.
+    Each workload class may use at most ``MAX_CANDIDATES`` profiles whose upper limits of quality loss are within its
+    budgets, always with ``none``; one that was not measured on a task of the class is not. A pinned profile is meant
+    and may exceed the budget; a fallback may not, because it applies without anybody asking for it.
 
     Raises:
         PolicyError: The pinned or fallback profile doesn't exist, or the fallback exceeds a budget.
@@ -81,7 +82,7 @@ def compile_table(
     _check_known("spec.control.failsafe.fallbackProfile", control.fallback, profiles)
     _check_fallback(policy, pareto)
     names = {
-        name: shortlist(feasible(pareto.profiles(name), workload.max_loss_bp))
+        name: shortlist(feasible(pareto.profiles(name), workload.budget))
         for name, workload in sorted(policy.classes.items())
     }
     used = {NONE, control.fallback} | {each for chosen in names.values() for each in chosen}
@@ -162,9 +163,9 @@ def merge_classes(policy: Policy, pareto: ParetoSet) -> dict[str, Profile]:
     return merged
 
 
-def feasible(profiles: Iterable[Profile], max_loss_bp: float) -> list[Profile]:
-    """Return the profiles whose upper limit of quality loss is within the budget, and ``none``."""
-    return [p for p in profiles if p.loss_upper_bp <= max_loss_bp or p.name == NONE]
+def feasible(profiles: Iterable[Profile], budget: QualityBudget) -> list[Profile]:
+    """Return the profiles whose upper limits of loss are within the budget, and ``none``."""
+    return [p for p in profiles if budget.admits(p) or p.name == NONE]
 
 
 def shortlist(profiles: Iterable[Profile], limit: int = MAX_CANDIDATES) -> tuple[str, ...]:
@@ -255,10 +256,13 @@ def _check_known(field: str, name: str, profiles: Mapping[str, Profile]) -> None
 
 def _check_fallback(policy: Policy, pareto: ParetoSet) -> None:
     for name, workload in policy.classes.items():
-        allowed = [p.name for p in feasible(pareto.profiles(name), workload.max_loss_bp)]
+        allowed = [p.name for p in feasible(pareto.profiles(name), workload.budget)]
         if policy.control.fallback not in allowed:
+            asked = "".join(
+                f", {bp} of task {task}" for task, bp in sorted(workload.budget.tasks.items())
+            )
             raise PolicyError(
                 "spec.control.failsafe.fallbackProfile",
                 f"{policy.control.fallback!r} exceeds the quality budget of workload class {name!r}"
-                f" ({workload.max_loss_bp} basis points); within it: {', '.join(sorted(allowed))}",
+                f" ({workload.max_loss_bp} basis points{asked}); within it: {', '.join(sorted(allowed))}",
             )

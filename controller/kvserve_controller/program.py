@@ -60,7 +60,7 @@ class Program:
         learned: What the table was compiled with.
         window: The recent transfers.
         activity: The profile in use.
-        learned_from: How many transfers were learned from.
+        learned_from: How many transfers were compared with the set in force.
         decisions: The latest ones of its pods.
     """
 
@@ -145,6 +145,7 @@ class Program:
             self.pareto = pareto
             self._pareto_digest = pareto.digest if pareto is not None else ""
             self._learner, self._forecast = Learner(), Forecast()
+            self.learned_from = 0
             saved, self._saved = self._saved, None
             if saved is not None and saved.pareto_digest == self._pareto_digest:
                 self._learner, self._forecast = saved.learner, saved.forecast

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final
 
-from kvserve_api.policy import Mode, Policy
-from kvserve_api.profile_set import DEFAULT_CLASS, ParetoSet
+from kvserve_api.policy import Mode, Policy, WorkloadClass
+from kvserve_api.profile_set import DEFAULT_CLASS, ParetoSet, Profile
 from kvserve_api.table import DecisionTable, Role
 from kvserve_controller.program import Program
 from kvserve_controller.push import Counts
@@ -152,11 +152,18 @@ def _over_budget(name: str | None, policy: Policy | None, pareto: ParetoSet | No
     if name is None or policy is None or pareto is None:
         return []
     return [
-        f"workload class {workload.name!r} ({profile.loss_upper_bp:.0f} > {workload.max_loss_bp})"
+        f"workload class {workload.name!r} ({told})"
         for workload in policy.classes.values()
         for profile in pareto.profiles(workload.name)
-        if profile.name == name and profile.loss_upper_bp > workload.max_loss_bp
+        if profile.name == name and (told := _excess(workload, profile))
     ]
+
+
+def _excess(workload: WorkloadClass, profile: Profile) -> str:
+    """Return what a profile loses beyond the budget of a class; empty if nothing."""
+    over = profile.loss_upper_bp > workload.max_loss_bp
+    loss = f"{profile.loss_upper_bp:.0f} > {workload.max_loss_bp}" if over else ""
+    return "; ".join(part for part in (loss, workload.budget.told(profile)) if part)
 
 
 def _active(program: Program, table: DecisionTable) -> dict[str, Any]:
@@ -227,8 +234,8 @@ def _accurate(program: Program) -> tuple[bool | None, str, str]:
             False,
             Reason.DRIFTED,
             (
-                f"{told}{more}; costs are corrected, but what was not tried may be misjudged: if machines or model"
-                " changed, delete the policy's Pareto ConfigMap to profile again"
+                f"{told}{more}; costs are corrected, but what was not tried may be misjudged: in a cluster the operator"
+                " profiles again as spec.profiling.onDrift says, elsewhere kvserve profile does"
             ),
         )
     if program.learned_from == 0:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvserve_api.errors import ArtifactError, PolicyError
 from kvserve_api.policy import Mode, Policy
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
+from kvserve_api.quality import QualityBudget, TaskScore
 from kvserve_api.table import MAX_CANDIDATES, DecisionTable, Version
 from kvserve_controller.compile import Learned, compile_table, feasible, shortlist
 from kvserve_controller.learn import Correction
@@ -56,6 +57,31 @@ def test_budget_decides_by_the_upper_limit() -> None:
     )
 
 
+def test_answers_are_a_hard_limit() -> None:
+    """A lossy profile may be used only if it is known to keep the answers of each task of the class."""
+
+    def answered(one: Profile, upper_bp: float) -> Profile:
+        score = TaskScore(items=64, exact=0.9, compressed=0.9, loss_upper_bp=upper_bp)
+        return replace(one, tasks={"facts": score})
+
+    def task(limit_bp: int) -> dict[str, Any]:
+        wish = {"name": "facts", "builtIn": "Retrieval", "maxLossBasisPoints": limit_bp}
+        return {"maxLossBasisPoints": 100, "tasks": [wish]}
+
+    measured = pareto(RANS, answered(INT4, 900.0), answered(INT8, 406.0), RAW)
+    strict = compiled(
+        measured,
+        quality=task(500),
+        workloads=[{"name": "chat", "quality": {"tasks": []}}, {"name": "code"}],
+    ).rules
+    assert strict["default"].candidates == ("int8", "none")
+    assert strict["code"].candidates == ("int8", "none")
+    assert strict["chat"].candidates == ("rans", "int4", "int8", "none")
+    assert compiled(measured, quality=task(900)).rules["default"].candidates[0] == "int4"
+    with pytest.raises(PolicyError, match="500 of task facts"):
+        compiled(measured, quality=task(500), control={"failsafe": {"fallbackProfile": "int4"}})
+
+
 def test_each_class_has_its_own_budget_and_profiles() -> None:
     """A class uses what was measured on its own text, within its own budget."""
     lossy = replace(INT8, loss_bp=30.0, loss_upper_bp=35.0)
@@ -80,7 +106,7 @@ def test_quality_budget_is_never_exceeded(pool: list[Profile], budget: int) -> N
     assert NONE in names
     assert len(names) <= MAX_CANDIDATES
     assert all(table.candidates[name].loss_upper_bp <= budget for name in names)
-    assert len(names) == min(MAX_CANDIDATES, len(feasible(pool, budget)))
+    assert len(names) == min(MAX_CANDIDATES, len(feasible(pool, QualityBudget(max_loss_bp=budget))))
 
 
 @given(pools, st.randoms())
