@@ -7,7 +7,7 @@ from kvserve_api.policy import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from kvserve_operator.client import APPLY, FIELD_MANAGER, MERGE, ApiError, Client
 from kvserve_operator.events import Recorder
 from kvserve_operator.observed import PolicyFacts
-from kvserve_operator.plan import Action, Apply, ApplyStatus, Delete, Record, Tune
+from kvserve_operator.plan import Apply, ApplyStatus, Change, Delete, Record, Tune
 
 _COLLECTIONS: Final = {
     "ServiceAccount": ("api/v1", "serviceaccounts"),
@@ -35,7 +35,7 @@ class Executor:
         self._client = client
         self._recorder = recorder
 
-    async def carry_out(self, action: Action, policy: PolicyFacts) -> dict[str, Any] | None:
+    async def carry_out(self, action: Change, policy: PolicyFacts) -> dict[str, Any] | None:
         """Carry out one action.
 
         Returns:

@@ -1,14 +1,16 @@
 """The answers the operator gives about a policy: pure functions from what is observed to findings."""
 
+import datetime
 import math
 from dataclasses import dataclass
 from typing import Final
 
 from kvserve_api.names import ExitCode
-from kvserve_api.policy import Policy
+from kvserve_api.policy import Policy, WorkloadClass
 from kvserve_operator import reasons
 from kvserve_operator.conflicts import self_overlap
-from kvserve_operator.observed import JobFacts, Observed, SetFacts, exit_code
+from kvserve_operator.drift import Runs, Verdict
+from kvserve_operator.observed import JobFacts, Observed, ProfileFacts, SetFacts, exit_code
 from kvserve_operator.reasons import Condition, Reason
 from kvserve_operator.render import Run
 
@@ -82,9 +84,17 @@ def accepted(observed: Observed) -> Finding:
             "delete one of the two or narrow its selectors"
         )
         return _finding(Condition.ACCEPTED, FALSE, reasons.CONFLICTED, text)
-    missing = [f"{name}: {text.problem}" for name, text in observed.texts.items() if text.problem]
+    missing = [
+        f"evaluation text of workload class {name}: {text.problem}"
+        for name, text in observed.texts.items()
+        if text.problem
+    ] + [
+        f"items of task {task} of workload class {name}: {text.problem}"
+        for (name, task), text in observed.tasks.items()
+        if text.problem
+    ]
     if missing:
-        text = f"evaluation text of workload class {'; '.join(missing)}"
+        text = "; ".join(missing)
         return _finding(Condition.ACCEPTED, FALSE, reasons.EVALUATION_MISSING, text)
     return _finding(Condition.ACCEPTED, TRUE, reasons.ACCEPTED, "the policy can be served")
 
@@ -108,8 +118,22 @@ def targets_resolved(observed: Observed) -> Finding:
     )
 
 
-def profiled(observed: Observed, run: Run | None, sets: Sets) -> Finding:
-    """Tell whether there is a usable Pareto set of the current inputs, or one that serves while they are measured."""
+def profiled(
+    observed: Observed,
+    run: Run | None,
+    sets: Sets,
+    runs: Runs | None = None,
+    verdict: Verdict | None = None,
+) -> Finding:
+    """Tell whether there is a usable Pareto set of the current inputs, or one that serves while they are measured.
+
+    Args:
+        observed: What is.
+        run: The run of the current inputs; None where the policy is not accepted.
+        sets: The Pareto sets that matter.
+        runs: The runs that drift has started.
+        verdict: What is to be done about drift.
+    """
     condition = Condition.PROFILED
     if run is None:
         return _finding(
@@ -120,6 +144,7 @@ def profiled(observed: Observed, run: Run | None, sets: Sets) -> Finding:
         )
     if sets.current and not sets.current.problem:
         text = f"ConfigMap {run.pareto} holds {sets.current.profiles} profiles"
+        text += _drift(run, verdict)
         return _finding(condition, TRUE, reasons.PROFILED, text)
     kept = f"; the set {sets.in_force.meta.name} keeps serving" if sets.in_force else ""
     job = next((j for j in observed.jobs if j.meta.name == run.job), None)
@@ -135,9 +160,24 @@ def profiled(observed: Observed, run: Run | None, sets: Sets) -> Finding:
     if stuck:
         reason, text = stuck
         return _finding(condition, FALSE, reason, text + kept)
-    text = f"Job {run.job} measures; status.profiling shows how far it is" + kept
+    text = f"Job {run.job} measures; status.profiling shows how far it is"
+    if runs and runs.inputs_digest == run.digest:
+        text += f"; transfers were not what was profiled: {runs.message}"
+    text += kept
     reason = reasons.REPROFILING if sets.in_force else reasons.PROFILING
     return _finding(condition, status, reason, text)
+
+
+def _drift(run: Run, verdict: Verdict | None) -> str:
+    """Return what is done about drift; nothing that changes by itself."""
+    if verdict is None or not verdict.message:
+        return ""
+    if verdict.due:
+        due = verdict.due.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return f"; transfers drifted from them, and are profiled again not before {due}"
+    if not run.policy.profiling.on_drift.reprofile:
+        return "; transfers drifted from them, and spec.profiling.onDrift.reprofile is false"
+    return ""
 
 
 def _failure(
@@ -240,23 +280,36 @@ def quality_feasible(policy: Policy | None, in_force: SetFacts | None) -> Findin
         return _finding(condition, UNKNOWN, reasons.NO_PROFILES, text)
     short = []
     for name, workload in policy.classes.items():
-        losses = in_force.losses.get(name, in_force.losses["default"])
-        if any(loss <= workload.max_loss_bp for _, loss in losses):
-            continue
-        field = "spec.quality" if name == "default" else f"spec.workloads[{name}].quality"
-        if not losses:
-            short.append(f"class {name} has no profile but none: every other is worse in all")
-            continue
-        best, loss = min(losses, key=lambda item: item[1])
-        short.append(
-            f"class {name}: the least loss is {loss:.1f} basis points, of profile {best}; "
-            f"set {field}.maxLossBasisPoints to {math.ceil(loss)} or more to use it"
-        )
+        profiles = in_force.losses.get(name, in_force.losses["default"])
+        if not any(workload.budget.admits(profile) for profile in profiles):
+            short.append(_shortfall(workload, profiles))
     if short:
         text = "; ".join(short) + "; transfers stay uncompressed"
         return _finding(condition, FALSE, reasons.BUDGET_TOO_TIGHT, text)
     text = "each workload class has profiles within its quality budget"
     return _finding(condition, TRUE, reasons.FEASIBLE, text)
+
+
+def _shortfall(workload: WorkloadClass, profiles: tuple[ProfileFacts, ...]) -> str:
+    """Return which budget a workload class would need for its least lossy profile."""
+    name = workload.name
+    field = "spec.quality" if name == "default" else f"spec.workloads[{name}].quality"
+    if not profiles:
+        return f"class {name} has no profile but none: every other is worse in all"
+    within = [p for p in profiles if p.loss_upper_bp <= workload.max_loss_bp]
+    if not within:
+        best = min(profiles, key=lambda p: (p.loss_upper_bp, p.name))
+        return (
+            f"class {name}: the least loss is {best.loss_upper_bp:.1f} basis points, of profile {best.name}; "
+            f"set {field}.maxLossBasisPoints to {math.ceil(best.loss_upper_bp)} or more to use it"
+        )
+    best = min(
+        within, key=lambda p: (len(workload.budget.failed_tasks(p)), p.loss_upper_bp, p.name)
+    )
+    return (
+        f"class {name}: of profile {best.name}, {workload.budget.told(best)}; "
+        f"raise maxItems or maxLossBasisPoints of {field}.tasks"
+    )
 
 
 def programmed(observed: Observed) -> Finding:

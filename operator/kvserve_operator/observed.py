@@ -20,6 +20,7 @@ from kvserve_api.names import (
 )
 from kvserve_api.policy import Policy
 from kvserve_api.profile_set import CONFIGMAP_KEY, NONE, ParetoSet
+from kvserve_api.quality import TaskScore
 from kvserve_api.run import Progress
 
 ANNOTATION_RESOURCES: Final = "kvserve.io/resources"
@@ -251,6 +252,23 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileFacts:
+    """What a profile of a Pareto set may lose.
+
+    Attributes:
+        name: Its name.
+        loss_upper_bp: Upper limit of the growth of perplexity, in basis points.
+        lossless: It changes nothing.
+        tasks: Its answers to tasks.
+    """
+
+    name: str
+    loss_upper_bp: float
+    lossless: bool = False
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SetFacts:
     """A Pareto ConfigMap.
 
@@ -259,7 +277,7 @@ class SetFacts:
         digest: Digest of its document.
         problem: Why it must not be used, or empty.
         model: The model it was measured on.
-        losses: For each workload class the profiles but ``none``: name, and upper limit of its loss in basis points.
+        losses: For each workload class what the profiles but ``none`` may lose.
         profiles: How many different profiles it holds, ``none`` included.
     """
 
@@ -267,7 +285,7 @@ class SetFacts:
     digest: str = ""
     problem: str = ""
     model: str = ""
-    losses: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    losses: Mapping[str, tuple[ProfileFacts, ...]] = field(default_factory=dict)
     profiles: int = 0
 
     @classmethod
@@ -286,7 +304,13 @@ class SetFacts:
         except KVServeError as error:
             return cls(meta=meta, problem=str(error)[:_MAX_TEXT])
         losses = {
-            name: tuple((p.name, p.loss_upper_bp) for p in profiles if p.name != NONE)
+            name: tuple(
+                ProfileFacts(
+                    name=p.name, loss_upper_bp=p.loss_upper_bp, lossless=p.lossless, tasks=p.tasks
+                )
+                for p in profiles
+                if p.name != NONE
+            )
             for name, profiles in pareto.classes.items()
         }
         return cls(
@@ -300,7 +324,7 @@ class SetFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFacts:
-    """An evaluation text.
+    """An evaluation text, or the items of a task.
 
     Attributes:
         digest: Digest of its bytes; None if it can't be had.
@@ -320,6 +344,7 @@ class Observed:
         now: The time, with zone.
         winner: The older policy that selects the same pods, or empty.
         texts: The evaluation text of each workload class that names one.
+        tasks: The items of each workload class and task that are in a ConfigMap.
         jobs: The policy's Jobs.
         job_pods: Pods of its Jobs.
         runs: Its runs' ConfigMaps.
@@ -332,6 +357,7 @@ class Observed:
     now: datetime.datetime
     winner: str = ""
     texts: Mapping[str, TextFacts] = field(default_factory=dict)
+    tasks: Mapping[tuple[str, str], TextFacts] = field(default_factory=dict)
     jobs: tuple[JobFacts, ...] = ()
     job_pods: tuple[PodFacts, ...] = ()
     runs: tuple[RunFacts, ...] = ()

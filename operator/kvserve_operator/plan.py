@@ -16,6 +16,7 @@ from kvserve_api.run import RunInputs
 from kvserve_operator import conditions, reasons
 from kvserve_operator.conditions import Finding, Sets
 from kvserve_operator.config import ProfilerConfig
+from kvserve_operator.drift import Runs, Verdict, judge
 from kvserve_operator.observed import JobFacts, Meta, Observed, exit_code
 from kvserve_operator.reasons import Condition
 from kvserve_operator.render import Manifest, Run
@@ -87,7 +88,19 @@ class Record:
     warning: bool = False
 
 
-Action = Apply | Tune | Delete | ApplyStatus | Record
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookAgain:
+    """Plan again, though nothing may have changed but the time.
+
+    Attributes:
+        after_s: When, in seconds from now.
+    """
+
+    after_s: float
+
+
+Change = Apply | Tune | Delete | ApplyStatus | Record
+Action = Change | LookAgain
 
 
 def plan(observed: Observed, config: ProfilerConfig) -> list[Action]:
@@ -100,31 +113,60 @@ def plan(observed: Observed, config: ProfilerConfig) -> list[Action]:
     if observed.policy.meta.deleting:
         return []
     acceptance = conditions.accepted(observed)
-    run = _run(observed, config) if acceptance.true else None
+    runs = Runs.read(observed.policy.status)
+    run = _run(observed, config, runs) if acceptance.true else None
     sets = choose_sets(observed, run)
     actions: list[Action] = []
+    verdict = Verdict()
+    if run and sets.current and sets.current == sets.in_force:
+        verdict = judge(observed, sets.current, runs)
+        if verdict.in_a_row:
+            run, runs = _another(observed, config, runs, verdict)
+            sets = choose_sets(observed, run)
+            actions.append(_drift_event(run, runs))
+        elif verdict.due:
+            actions.append(LookAgain(after_s=(verdict.due - observed.now).total_seconds()))
     if run:
         actions += _run_actions(observed, run, sets)
         actions += _superseded(observed, run, sets)
     findings = [
         acceptance,
         conditions.targets_resolved(observed),
-        conditions.profiled(observed, run, sets),
+        conditions.profiled(observed, run, sets, runs, verdict),
         conditions.quality_feasible(observed.policy.policy, sets.in_force),
     ]
     order = [findings[0], findings[2], findings[3], findings[1], conditions.programmed(observed)]
     findings.append(conditions.ready(order))
-    actions += _status_actions(observed, desired_status(observed, run, sets, findings), findings)
-    return actions
+    desired = desired_status(observed, run, sets, findings, runs)
+    return actions + _status_actions(observed, desired, findings)
 
 
-def _run(observed: Observed, config: ProfilerConfig) -> Run:
+def _another(
+    observed: Observed, config: ProfilerConfig, runs: Runs, verdict: Verdict
+) -> tuple[Run, Runs]:
+    """Return the run that drift starts, and what is then remembered of such runs."""
+    later = Runs(total=runs.total + 1, in_a_row=verdict.in_a_row, message=verdict.message)
+    run = _run(observed, config, later)
+    return run, dataclasses.replace(later, inputs_digest=run.digest)
+
+
+def _drift_event(run: Run, runs: Runs) -> Record:
+    row = f", for the {runs.in_a_row}th time in a row" if runs.in_a_row > 1 else ""
+    text = f"transfers are not what was profiled{row}: {runs.message}; Job {run.job} measures anew"
+    return Record(reason=reasons.DRIFT_REPROFILING.name, message=text, warning=True)
+
+
+def _run(observed: Observed, config: ProfilerConfig, runs: Runs) -> Run:
     policy = observed.policy.policy
     if policy is None:
         raise SpecError("policy", "an accepted policy can be read")
-    digests = {name: text.digest for name, text in observed.texts.items()}
     inputs = RunInputs.of_policy(
-        policy, text_digests=digests, image=config.image, artifacts=config.artifacts.url
+        policy,
+        text_digests={name: text.digest for name, text in observed.texts.items()},
+        task_digests={key: text.digest for key, text in observed.tasks.items()},
+        image=config.image,
+        artifacts=config.artifacts.url,
+        drift_runs=runs.total,
     )
     return Run(policy=policy, uid=observed.policy.meta.uid, inputs=inputs, config=config)
 

@@ -92,6 +92,7 @@ NOT_PROGRAMMED: Final = Reason("NotProgrammed", warning=True)
 PROFILING_STARTED: Final = Reason("ProfilingStarted")
 RUN_SUPERSEDED: Final = Reason("RunSuperseded")
 RUN_RETRIED: Final = Reason("RunRetried")
+DRIFT_REPROFILING: Final = Reason("DriftReprofiling", warning=True)
 
 CATALOGUE: Final[tuple[Reason, ...]] = tuple(
     value for value in list(globals().values()) if isinstance(value, Reason)

@@ -29,7 +29,7 @@ from kvserve_operator.observed import (
     SetFacts,
     TextFacts,
 )
-from kvserve_operator.plan import Action, Apply, ApplyStatus, Record, Tune, plan
+from kvserve_operator.plan import Action, Apply, ApplyStatus, LookAgain, Record, Tune, plan
 from kvserve_operator.queue import KeyedQueue
 
 Key = tuple[str, str]
@@ -148,9 +148,10 @@ class Reconciler:
             told = [a for a in plan(again, self._config) if isinstance(a, ApplyStatus | Record)]
             await self._act(told, again)
             self.queue.failed(key)
-        if any(text.problem for text in observed.texts.values()):
+        texts = [*observed.texts.values(), *observed.tasks.values()]
+        if any(text.problem for text in texts):
             self.queue.add_after(key, MISSING_TEXT_S)
-        elif observed.texts:
+        elif texts:
             self.queue.add_after(key, TEXTS_S)
 
     async def refresh(self, key: Key) -> None:
@@ -188,6 +189,9 @@ class Reconciler:
         policy = observed.policy
         key = (policy.meta.namespace, policy.meta.name)
         for action in actions:
+            if isinstance(action, LookAgain):
+                self.queue.add_after(key, action.after_s)
+                continue
             if isinstance(action, ApplyStatus) and not action.urgent and self._too_soon(key):
                 continue
             try:
@@ -233,11 +237,13 @@ class Reconciler:
         for job in jobs:
             if job.complete:
                 await self._look_for_set(job)
+        texts, tasks = await self._texts(policy) if policy else ({}, {})
         return Observed(
             policy=facts,
             now=datetime.datetime.now(datetime.UTC),
             winner=winner(facts, self.cache.policies(namespace), [pod.labels for pod in pods]),
-            texts=await self._texts(policy) if policy else {},
+            texts=texts,
+            tasks=tasks,
             jobs=jobs,
             job_pods=self.cache.children(PodFacts, namespace, name),
             runs=self.cache.children(RunFacts, namespace, name),
@@ -261,18 +267,29 @@ class Reconciler:
             if error.status != 404:
                 raise
 
-    async def _texts(self, policy: Policy) -> dict[str, TextFacts]:
-        """Read the evaluation texts that the policy names."""
-        texts: dict[str, TextFacts] = {}
+    async def _texts(
+        self, policy: Policy
+    ) -> tuple[dict[str, TextFacts], dict[tuple[str, str], TextFacts]]:
+        """Read the evaluation texts that the policy names, and the items of its tasks."""
         answers: dict[str, dict[str, Any] | None] = {}
-        for name, workload in policy.classes.items():
-            if workload.text is None:
-                continue
-            config_map = workload.text.config_map
+
+        async def read(config_map: str, key: str) -> TextFacts:
             if config_map not in answers:
                 answers[config_map] = await self._configmap(policy.namespace, config_map)
-            texts[name] = read_text(answers[config_map], config_map, workload.text.key)
-        return texts
+            return read_text(answers[config_map], config_map, key)
+
+        texts = {
+            name: await read(workload.text.config_map, workload.text.key)
+            for name, workload in policy.classes.items()
+            if workload.text is not None
+        }
+        tasks = {
+            (name, task.name): await read(task.config_map, task.key)
+            for name, workload in policy.classes.items()
+            for task in workload.tasks
+            if task.config_map
+        }
+        return texts, tasks
 
     async def _configmap(self, namespace: str, name: str) -> dict[str, Any] | None:
         try:

@@ -21,17 +21,13 @@ from kvserve_api.names import (
     ExitCode,
     child_name,
 )
-from kvserve_api.policy import API_VERSION, KIND, Policy, Text
+from kvserve_api.policy import API_VERSION, KIND, Policy
 from kvserve_api.run import RunInputs
 from kvserve_operator.config import ProfilerConfig
 from kvserve_operator.observed import ANNOTATION_RESOURCES
+from kvserve_operator.volumes import MODEL_DIR, RUN_DIR, TEXTS_DIR, mounts, volumes
 
 CONTAINER: Final = "profiler"
-RUN_DIR: Final = "/etc/kvserve/run"
-TEXTS_DIR: Final = "/etc/kvserve/texts"
-MODEL_DIR: Final = "/model"
-ARTIFACTS: Final = "artifacts"
-"""Name of the volume that calibration bundles go to."""
 BACKOFF_LIMIT: Final = 2
 USER: Final = 1000
 
@@ -216,10 +212,16 @@ def _pod_spec(run: Run) -> dict[str, Any]:
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
                 },
-                "volumeMounts": [*_mounts(run), *map(dict, run.config.extra_volume_mounts)],
+                "volumeMounts": [
+                    *mounts(run.policy, run.config.artifacts),
+                    *map(dict, run.config.extra_volume_mounts),
+                ],
             }
         ],
-        "volumes": [*_volumes(run), *map(dict, run.config.extra_volumes)],
+        "volumes": [
+            *volumes(run.policy, run.configmap, run.config.artifacts),
+            *map(dict, run.config.extra_volumes),
+        ],
     }
 
 
@@ -256,48 +258,3 @@ def _group(run: Run) -> dict[str, Any]:
     if not run.config.artifacts.volume:
         return {}
     return {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"}
-
-
-def _texts(run: Run) -> dict[str, Text]:
-    return {n: c.text for n, c in sorted(run.policy.classes.items()) if c.text is not None}
-
-
-def _mounts(run: Run) -> list[dict[str, Any]]:
-    mounts: list[dict[str, Any]] = [
-        {"name": "run", "mountPath": RUN_DIR, "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},
-    ]
-    if _texts(run):
-        mounts.append({"name": "texts", "mountPath": TEXTS_DIR, "readOnly": True})
-    if run.policy.model.source:
-        mounts.append({"name": "model", "mountPath": MODEL_DIR, "readOnly": True})
-    if run.config.artifacts.volume:
-        mounts.append({"name": ARTIFACTS, "mountPath": run.config.artifacts.folder})
-    return mounts
-
-
-def _volumes(run: Run) -> list[dict[str, Any]]:
-    inputs = [{"key": RUN_INPUTS_KEY, "path": RUN_INPUTS_KEY}]
-    volumes: list[dict[str, Any]] = [
-        {"name": "run", "configMap": {"name": run.configmap, "items": inputs}},
-        {"name": "tmp", "emptyDir": {}},
-    ]
-    texts = _texts(run)
-    if texts:
-        sources = [
-            {
-                "configMap": {
-                    "name": text.config_map,
-                    "items": [{"key": text.key, "path": f"{name}.txt"}],
-                }
-            }
-            for name, text in texts.items()
-        ]
-        volumes.append({"name": "texts", "projected": {"sources": sources}})
-    source = run.policy.model.source
-    if source:
-        claim = {"claimName": source.claim_name, "readOnly": True}
-        volumes.append({"name": "model", "persistentVolumeClaim": claim})
-    if run.config.artifacts.volume:
-        volumes.append({"name": ARTIFACTS, **run.config.artifacts.volume})
-    return volumes

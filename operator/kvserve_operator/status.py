@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from kvserve_operator.conditions import Finding, Sets
+from kvserve_operator.drift import Runs
 from kvserve_operator.observed import Observed
 from kvserve_operator.reasons import OWN
 from kvserve_operator.render import Run
@@ -16,7 +17,7 @@ Status = dict[str, Any]
 
 
 def desired_status(
-    observed: Observed, run: Run | None, sets: Sets, findings: Iterable[Finding]
+    observed: Observed, run: Run | None, sets: Sets, findings: Iterable[Finding], runs: Runs
 ) -> Status:
     """Return the operator's part of the status, as a server-side apply states it.
 
@@ -25,6 +26,7 @@ def desired_status(
         run: The run of the current inputs; None where the policy is not accepted.
         sets: The Pareto sets that matter.
         findings: The answers, for each of the operator's conditions.
+        runs: The runs that drift has started.
     """
     status: Status = {
         "observedGeneration": observed.policy.generation,
@@ -32,6 +34,8 @@ def desired_status(
     }
     if run:
         status["profiling"] = _profiling(observed, run)
+    if runs.total:
+        status["drift"] = runs.to_json()
     if sets.in_force:
         status["pareto"] = {
             "configMapRef": {"name": sets.in_force.meta.name},
@@ -57,7 +61,7 @@ def owned_status(status: Mapping[str, Any]) -> Status:
     }
     if not mine["targets"]:
         del mine["targets"]
-    for key in ("observedGeneration", "profiling", "pareto", "synced"):
+    for key in ("observedGeneration", "profiling", "drift", "pareto", "synced"):
         if key in status:
             mine[key] = status[key]
     return mine
@@ -104,6 +108,8 @@ def _profiling(observed: Observed, run: Run) -> dict[str, Any]:
             "trialsFailed": progress.failed,
             "trialsTotal": progress.total,
         }
+        if progress.allowed is not None and progress.known is not None:
+            value |= {"strategiesAllowed": progress.allowed, "strategiesKnown": progress.known}
         if progress.message:
             value["message"] = progress.message[:_MAX_MESSAGE]
     job = next((j for j in observed.jobs if j.meta.name == run.job), None)

@@ -315,6 +315,22 @@ def test_a_missing_text_is_told_and_found(shared: Api) -> None:
     ]
 
 
+def test_missing_items_are_told_and_found(shared: Api) -> None:
+    """Without the items of a task a policy is not accepted; they start the run, and an edit starts another."""
+    reference = {"configMapRef": {"name": "items"}}
+    task = {"name": "facts", "maxLossBasisPoints": 5000, **reference}
+    shared.policy("asks", quality={"maxLossBasisPoints": 100, "tasks": [task]})
+    message = shared.wait_reason("asks", "Accepted", "EvaluationMissing")[1]
+    assert "task facts of workload class default: create ConfigMap items with the key" in message
+    shared.create("configmaps", {"metadata": {"name": "items"}, "data": {"items.jsonl": "{}"}})
+    job = shared.wait_job("asks")
+    volumes = job["spec"]["template"]["spec"]["volumes"]
+    sources = next(v for v in volumes if v["name"] == "tasks")["projected"]["sources"]
+    assert sources[0]["configMap"]["items"] == [
+        {"key": "items.jsonl", "path": "default.facts.jsonl"}
+    ]
+
+
 def test_the_older_policy_wins(shared: Api) -> None:
     """A policy whose pods belong to an older one is not accepted until the older one is deleted."""
     shared.policy("elder")

@@ -7,8 +7,10 @@ import pytest
 
 import samples
 from kvserve_api.names import child_name
+from kvserve_api.quality import TaskScore
+from kvserve_operator.conditions import quality_feasible
 from kvserve_operator.config import ArtifactsConfig, ProfilerConfig
-from kvserve_operator.observed import Observed, PodFacts, RunFacts, TextFacts
+from kvserve_operator.observed import Observed, PodFacts, ProfileFacts, RunFacts, TextFacts
 from kvserve_operator.plan import Apply, plan
 from operator_samples import (
     CONFIG,
@@ -268,6 +270,65 @@ def test_the_job_fits_the_policy() -> None:
     assert sorted(v["name"] for v in pod["volumes"]) == sorted(mounts)
     claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if v["name"] == "model"]
     assert claims == [{"claimName": "c", "readOnly": True}]
+
+
+def test_the_job_gets_the_items_of_tasks() -> None:
+    """ConfigMaps with items are mounted by class and task, claims once each; missing items start nothing."""
+    limit = {"maxLossBasisPoints": 1000}
+    mine = {"name": "mine", "configMapRef": {"name": "items"}, **limit}
+    disk = {"name": "disk", "pvc": {"claimName": "data", "path": "a.jsonl"}, **limit}
+    facts = policy(
+        quality={"tasks": [mine, disk, {"name": "facts", "builtIn": "Retrieval", **limit}]},
+        workloads=[
+            {"name": "code", "quality": {"tasks": [disk]}},
+            {"name": "chat", "quality": {"tasks": [mine]}},
+        ],
+    )
+    found = {
+        (name, "mine"): TextFacts(digest="sha256:" + "cd" * 32) for name in ("default", "chat")
+    }
+    actions = plan(observed(facts, tasks=found), CONFIG)
+    manifest = next(
+        a.manifest for a in actions if isinstance(a, Apply) and a.manifest["kind"] == "Job"
+    )
+    pod = manifest["spec"]["template"]["spec"]
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    assert volumes["tasks"]["projected"]["sources"] == [
+        {
+            "configMap": {
+                "name": "items",
+                "items": [{"key": "items.jsonl", "path": f"{name}.mine.jsonl"}],
+            }
+        }
+        for name in ("chat", "default")
+    ]
+    claims = [v for name, v in volumes.items() if name.startswith("claim-")]
+    assert [v["persistentVolumeClaim"]["claimName"] for v in claims] == ["data"]
+    mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+    assert mounts["tasks"] == "/etc/kvserve/tasks"
+    assert mounts["claim-0"] == "/etc/kvserve/claims/data"
+    missing = plan(
+        observed(facts, tasks={("chat", "mine"): TextFacts(problem="create ConfigMap items")}),
+        CONFIG,
+    )
+    assert brief(missing) == []
+    assert conditions(missing)["Accepted"] == ("False", "EvaluationMissing")
+
+
+def test_a_failed_task_is_told() -> None:
+    """Where all within the loss budget fail a task, the message names profile, task, limit and number of items."""
+    task = {"name": "facts", "builtIn": "Retrieval", "maxLossBasisPoints": 500}
+    facts = policy(quality={"maxLossBasisPoints": 100, "tasks": [task]})
+    score = TaskScore(items=64, exact=0.9, compressed=0.85, loss_upper_bp=900.0)
+    profiles = (ProfileFacts(name="int8", loss_upper_bp=4.2, tasks={"facts": score}),)
+    finding = quality_feasible(facts.policy, pareto(losses={"default": profiles}))
+    assert finding.reason == "BudgetTooTight"
+    assert (
+        "of profile int8, of task facts 500 basis points were allowed and 900 may be lost (64 items)"
+        in finding.message
+    )
+    lossless = (*profiles, ProfileFacts(name="lossless", loss_upper_bp=0.0, lossless=True))
+    assert quality_feasible(facts.policy, pareto(losses={"default": lossless})).true
 
 
 def test_the_job_gets_the_artifact_store() -> None:

@@ -239,6 +239,10 @@ class Api:
             ],
             "targets": [{"role": role, "connected": synced, "synced": synced} for role in roles],
         }
+        self.apply_status(policy, status)
+
+    def apply_status(self, policy: str, status: dict[str, Any]) -> None:
+        """Write the controller's part of a policy's status."""
         value = {"apiVersion": "kvserve.io/v1alpha1", "kind": "KVServePolicy", "status": status}
         response = self.request(
             "PATCH",

@@ -11,7 +11,7 @@ from kvserve_api.names import child_name
 from kvserve_api.policy import Policy
 from kvserve_api.run import RunInputs
 from kvserve_operator.config import DEFAULT_RESOURCES, ProfilerConfig
-from kvserve_operator.observed import JobFacts, Meta, Observed, PolicyFacts, SetFacts
+from kvserve_operator.observed import JobFacts, Meta, Observed, PolicyFacts, ProfileFacts, SetFacts
 from kvserve_operator.plan import Action, Apply, ApplyStatus, Delete, Record, Tune
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
@@ -72,7 +72,12 @@ def pareto(inputs: str = CURRENT, **changes: Any) -> SetFacts:
         "meta": meta("pareto", inputs),
         "digest": "sha256:" + "ab" * 32,
         "model": samples.MODEL,
-        "losses": {"default": (("int8", 4.2), ("int4", 60.0))},
+        "losses": {
+            "default": (
+                ProfileFacts(name="int8", loss_upper_bp=4.2),
+                ProfileFacts(name="int4", loss_upper_bp=60.0),
+            )
+        },
         "profiles": 3,
     }
     return SetFacts(**values | changes)
