@@ -31,6 +31,7 @@ from kvserve_connector.metrics import Data, Metrics
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
+from kvserve_connector.threads import name_thread
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ thread on one core, the default made coding seven times slower than alone, this 
 share of the core).
 """
 
+CODER: Final = "kvserve-code"
+"""Name of the threads that encode and decode."""
 REHEARSED_TOKENS: Final = 8192
 """Tokens of a transfer whose first chunk is coded before the first request."""
 
@@ -89,7 +92,12 @@ class WorkerHalf:
             self._warm_up,
             self._carries,
         )
-        self._coders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kvserve-code")
+        self._coders = ThreadPoolExecutor(
+            config.codec_threads,
+            thread_name_prefix=CODER,
+            initializer=name_thread,
+            initargs=(CODER,),
+        )
         self._form: Form | None = None
         self._coder: ChunkCoder | None = None
         self._server: TransferServer | None = None

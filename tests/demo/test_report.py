@@ -1,11 +1,12 @@
 """The demo's report: what it computes from what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from demo.load import Answer
-from demo.report import Phase, agreement, build, figure, quantiles
+from demo.report import Phase, agreement, build, figure, quantiles, reasons
 
 
 def _answer(text: str, jct_s: float = 1.0, prompt: str = "p") -> Answer:
@@ -109,3 +110,26 @@ def test_the_best_ratios_are_within_the_budget() -> None:
     phases = [_phase("raw", 50, _answer("a")), _phase("kvserve", 50, _answer("a"))]
     report = build(pareto=PARETO, trials=TRIALS, budget_bp=100, phases=phases, switches=[])
     assert (report["best_ratio"], report["best_ratio_uncalibrated"]) == (9.0, 3.5)
+
+
+def test_a_slowed_coder_is_told_and_does_not_count(tmp_path: Path) -> None:
+    """The speed-up leaves such a phase out, and the report has a line with what decided it."""
+    why = {
+        "profile": "none",
+        "candidates": [
+            {"name": "joint", "encode_s": 0.3, "wire_s": 0.02, "decode_s": 0.02, "total_s": 0.34},
+            {"name": "none", "encode_s": 0.01, "wire_s": 0.2, "decode_s": 0.01, "total_s": 0.22},
+        ],
+    }
+    slowed = replace(_phase("kvserve", 50, _answer("a", 9.0)), coder_share=0.05, why=why)
+    phases = [
+        _phase("raw", 50, _answer("a", 2.0)),
+        slowed,
+        _phase("kvserve", 50, _answer("a", 1.0)),
+    ]
+    report = build(pareto=PARETO, trials=TRIALS, budget_bp=100, phases=phases, switches=[])
+    assert report["speedup_jct"] == 2.0
+    (line,) = reasons(report)
+    assert line.startswith("50 Mbit/s, coder at 5%: none. Expected: none 10 ms to encode, 200 ms")
+    assert "joint 300 ms to encode" in line
+    figure(report, tmp_path / "figure.png")

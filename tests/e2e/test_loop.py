@@ -92,8 +92,8 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     for phase in (slow_raw, raw):
         assert phase["profiles"] == {"none": PROMPTS}
         assert phase["bytes_raw"] <= phase["bytes_wire"] < 1.01 * phase["bytes_raw"]
-    fast, slow, again = ours
-    for phase in ours:
+    fast, slow, again, _ = ours
+    for phase in (fast, slow, again):
         assert sum(phase["profiles"].values()) == PROMPTS
         assert phase["bytes_raw"] == raw["bytes_raw"]
         assert phase["bytes_wire"] < phase["bytes_raw"]
@@ -106,6 +106,20 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     assert started["reason"] == "Started"
     assert switches
     assert all(switch["from"] != switch["to"] for switch in switches)
+
+
+def test_the_profile_follows_a_slowed_coder(loop: Loop) -> None:
+    """Encoding threads with a twentieth of a processor lead to a profile that codes less, and the decision says why."""
+    again, slowed = loop.report["phases"][-2:]
+    assert slowed["coder_share"] == 0.05
+    before, after = (
+        {each["name"]: each for each in phase["why"]["candidates"]} for phase in (again, slowed)
+    )
+    used, chosen = again["why"]["profile"], slowed["why"]["profile"]
+    assert chosen != used
+    assert after[used]["encode_s"] > 3 * before[used]["encode_s"]
+    assert after[chosen]["encode_s"] < after[used]["encode_s"]
+    assert after[chosen]["total_s"] < after[used]["total_s"]
 
 
 def test_a_calibrated_profile_crosses_the_slow_link(loop: Loop) -> None:

@@ -58,6 +58,8 @@ def main(out: Path, fast_mbit: int, slow_mbit: int, max_tokens: int, otlp_endpoi
     report.figure(result, out / "demo.png")
     for table in report.tables(result):
         console.print(table)
+    for line in report.reasons(result):
+        console.print(line, highlight=False)
     console.print(
         f"At {slow_mbit} Mbit/s, against raw: completion {result['speedup_jct']}× and first token"
         f" {result['speedup_ttft']}× as fast; text agreement {result['text_agreement']:.0%}.\n"

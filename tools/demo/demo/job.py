@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from demo.forward import forward
 from demo.load import Answer, ask
 from kvserve_api.names import ARTIFACT_RUN, ENV_CALIBRATION_TOKENS, LABEL_ARTIFACT, RUN_TRIALS_KEY
 from kvserve_api.strategy import StrategyConfig
+from kvserve_controller.explain_cli import latest as explain
 from kvserve_profiler.trials import Phase
 from kvserve_strategies import config_needs_bundle
 from testcluster import ClusterSpec, hostpods, start
@@ -26,7 +27,8 @@ from testcluster.cluster import Cluster, existing_cluster
 SYSTEM = "kvserve-system"
 NAMESPACE = "kvserve-demo"
 POLICY = "chat"
-MEGABIT_BYTES = 125_000
+CODER_THREAD = "kvserve-code"
+"""Name of the connector's threads that encode and decode, as the kernel has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,7 @@ class Settings:
         max_tokens: Tokens generated for each request.
         otlp_endpoint: Where all parts send traces and metrics, as the pods reach it; empty for nowhere.
         prompts: How many of the example's prompts to send in each phase.
+        coder_share: What the prefill pod's encoding threads get of a processor in the last phase.
         calibration_tokens: Tokens that the profiling Job calibrates with; fewer than it would take by itself, so that
             the demo takes minutes on two cores.
     """
@@ -53,6 +56,7 @@ class Settings:
     otlp_endpoint: str = ""
     prompts: int = 6
     calibration_tokens: int = 8192
+    coder_share: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +117,7 @@ class Job:
         with (
             forward(cluster, "service/chat-router", 8000, namespace=NAMESPACE) as router,
             forward(cluster, "service/chat-decode", 8000, namespace=NAMESPACE) as decode,
+            forward(cluster, "service/kvserve-controller", 8081, namespace=SYSTEM) as controller,
         ):
             self._phase_requests(router, None, "warm-up", prompts=self._prompts()[:1])
             phases = [
@@ -123,7 +128,12 @@ class Job:
             pareto = self._apply_policy(cluster)
             trials = self._trials(cluster)
             bandwidths = (fast, slow, fast) if shaped else (None,)
-            phases += [self._phase(cluster, router, decode, mbit, "kvserve") for mbit in bandwidths]
+            phases += [
+                self._explained(self._phase(cluster, router, decode, mbit, "kvserve"), controller)
+                for mbit in bandwidths
+            ]
+            if shaped:
+                phases.append(self._slowed(cluster, router, decode, controller))
             # the status is written every two seconds
             time.sleep(3.0)
             switches = self._switches(cluster)
@@ -233,6 +243,26 @@ class Job:
             bytes_wire=after.wire_bytes - before.wire_bytes,
             profiles=after.profiles - before.profiles,
         )
+
+    def _slowed(self, cluster: Cluster, router: str, decode: str, controller: str) -> report.Phase:
+        """Return the phase in which the prefill pod's threads that encode get little of a processor."""
+        share = self.settings.coder_share
+        prefill = chat.pod(cluster, "chat-prefill", NAMESPACE)
+        cluster.throttle(prefill, CODER_THREAD, share, namespace=NAMESPACE)
+        try:
+            phase = self._phase(
+                cluster, router, decode, self.settings.fast_mbit, "kvserve, slow coder"
+            )
+        finally:
+            cluster.throttle(prefill, CODER_THREAD, 1.0, namespace=NAMESPACE)
+        return self._explained(replace(phase, mode="kvserve", coder_share=share), controller)
+
+    def _explained(self, phase: report.Phase, controller: str) -> report.Phase:
+        """Return the phase with why its last transfer took its profile."""
+        # pods send their decisions every second
+        time.sleep(2.0)
+        decisions = explain(controller, f"{NAMESPACE}/{POLICY}", 1)
+        return replace(phase, why=decisions[0] if decisions else None)
 
     def _phase_requests(
         self, router: str, mbit: int | None, mode: str, *, prompts: list[tuple[str, str]]

@@ -24,6 +24,8 @@ class Phase:
         bytes_raw: Native KV bytes transferred.
         bytes_wire: Bytes on the wire.
         profiles: Transfers by profile.
+        coder_share: What the threads that encode get of a processor; 1 if they are not slowed.
+        why: The latest decision, as `kvserve explain` has it; None in mode raw.
     """
 
     bandwidth_mbit: int | None
@@ -32,6 +34,8 @@ class Phase:
     bytes_raw: int
     bytes_wire: int
     profiles: Mapping[str, int]
+    coder_share: float = 1.0
+    why: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the phase as the report has it."""
@@ -44,6 +48,8 @@ class Phase:
             "bytes_raw": self.bytes_raw,
             "bytes_wire": self.bytes_wire,
             "profiles": dict(self.profiles),
+            "coder_share": self.coder_share,
+            "why": None if self.why is None else dict(self.why),
         }
 
 
@@ -97,9 +103,10 @@ def build(
     """
     raw = [phase for phase in phases if phase.mode == "raw"]
     ours = [phase for phase in phases if phase.mode == "kvserve"]
+    steady = [phase for phase in ours if phase.coder_share == 1]
     slowest = min(raw, key=lambda phase: phase.bandwidth_mbit or 0)
     pair = next(
-        (phase for phase in ours if phase.bandwidth_mbit == slowest.bandwidth_mbit), ours[0]
+        (phase for phase in steady if phase.bandwidth_mbit == slowest.bandwidth_mbit), ours[0]
     )
 
     def speedup(name: str) -> float:
@@ -164,9 +171,10 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
     for column in headings:
         phases.add_column(column, justify="right" if column != "profiles" else "left")
     for row in report["phases"]:
+        slowed = f", coder at {row['coder_share']:.0%}" if row["coder_share"] < 1 else ""
         phases.add_row(
             f"{row['bandwidth_mbit']} Mbit/s" if row["bandwidth_mbit"] else "unshaped",
-            row["mode"],
+            row["mode"] + slowed,
             f"{row['ttft_s']['p50']:.2f} s",
             f"{row['jct_s']['p50']:.2f} s",
             f"{row['bytes_raw'] / 1e6:.1f}",
@@ -175,6 +183,29 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
             ", ".join(f"{name} {count}×" for name, count in row["profiles"].items()),
         )
     return pareto, phases
+
+
+def reasons(report: Mapping[str, Any]) -> list[str]:
+    """Return for each phase under KVServe, in a line, which profile its last transfer took and why."""
+    told = []
+    for row in report["phases"]:
+        why = row["why"]
+        if why is None:
+            continue
+        link = f"{row['bandwidth_mbit']} Mbit/s" if row["bandwidth_mbit"] else "the link as it is"
+        slowed = f", coder at {row['coder_share']:.0%}" if row["coder_share"] < 1 else ""
+        best = sorted(why["candidates"], key=lambda each: each["total_s"])[:3]
+        costs = "; ".join(
+            f"{each['name']} {_ms(each['encode_s'])} to encode, {_ms(each['wire_s'])} on the wire, "
+            f"{_ms(each['decode_s'])} to decode"
+            for each in best
+        )
+        told.append(f"{link}{slowed}: {why['profile']}. Expected: {costs}.")
+    return told
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
 
 
 def figure(report: Mapping[str, Any], path: Path) -> None:
@@ -187,6 +218,7 @@ def figure(report: Mapping[str, Any], path: Path) -> None:
     drawing, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     labels = [
         f"{row['bandwidth_mbit'] or '∞'}\n{row['mode']}\n"
+        + (f"coder {row['coder_share']:.0%}\n" if row["coder_share"] < 1 else "")
         + textwrap.fill(Counter(row["profiles"]).most_common(1)[0][0], 18)
         for row in report["phases"]
     ]

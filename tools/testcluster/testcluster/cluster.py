@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from testcluster import node, shaping
+from testcluster import node, shaping, throttling
 from testcluster.errors import ClusterError, UnavailableHereError
 from testcluster.layout import Layout
 
@@ -116,6 +116,26 @@ class Cluster:
         """
         link = self._link(sender, receiver, namespace)
         shaping.unshape(shaping.init_pid_of(self.own), link)
+
+    def throttle(self, pod: str, thread: str, share: float, namespace: str = "default") -> int:
+        """Limit the processor time of some threads of a pod, or change the limit; nothing else of it is slowed.
+
+        Args:
+            pod: Its name.
+            thread: The threads' name as the kernel has it.
+            share: What all of them together get of one processor, from 0.05; 1 or more is no limit.
+            namespace: The pod's.
+
+        Returns:
+            How many threads it is about.
+
+        Raises:
+            UnavailableHereError: It is an existing cluster.
+            ClusterError: There is no such thread, or the share is too small.
+        """
+        path = "jsonpath={.metadata.uid}"
+        uid = self.kubectl("get", "pod", pod, "-n", namespace, "-o", path)
+        return throttling.throttle(self.own.name, uid, thread, share)
 
     def pod_ip(self, name: str, namespace: str = "default") -> str:
         """Return a pod's address.
