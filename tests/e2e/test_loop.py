@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from demo import chat
@@ -22,6 +23,7 @@ from demo.job import NAMESPACE, POLICY, SYSTEM, Job, Settings
 from demo.load import Answer, ask
 from kvserve_api import telemetry
 from kvserve_api.names import LABEL_POLICY
+from kvserve_api.profile_set import ParetoSet
 from otlp_receiver import Receiver, Span
 from testcluster.cluster import Cluster, existing_cluster
 from testcluster.errors import UnavailableHereError
@@ -29,6 +31,29 @@ from testcluster.errors import UnavailableHereError
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 5
 KINDS = "jobs,configmaps,serviceaccounts,roles,rolebindings,pods"
+
+
+def _object(kind: str, name: str, **parts: Any) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, **parts}
+
+
+ITEMS = _object(
+    "ConfigMap",
+    "items",
+    data={
+        "items.jsonl": "\n".join(
+            json.dumps(
+                {"task": "multiple-choice", "question": asked, "choices": words, "answer": 0}
+            )
+            for asked, words in (
+                ("The capital of France is", ["Paris", "bread"]),
+                ("Water is made of hydrogen and", ["oxygen", "letters"]),
+                ("The opposite of hot is", ["cold", "table"]),
+                ("Two and two make", ["four", "river"]),
+            )
+        )
+    },
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
@@ -65,6 +90,11 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         host_ip = cluster.own.host_ip
     except UnavailableHereError as error:
         pytest.skip(str(error))
+    policy = yaml.safe_load((ROOT / chat.EXAMPLE / "policy.yaml").read_text())
+    task = {"name": "facts", "configMapRef": {"name": "items"}, "maxLossBasisPoints": 9000}
+    policy["spec"]["quality"]["tasks"] = [task]
+    file = tmp_path_factory.mktemp("policy") / "policy.yaml"
+    file.write_text(yaml.safe_dump(policy))
     with Receiver(host_ip) as receiver:
         settings = Settings(
             root=ROOT,
@@ -74,7 +104,9 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             max_tokens=8,
             otlp_endpoint=receiver.endpoint,
             prompts=PROMPTS,
+            policy=file,
         )
+        chat.apply(cluster, [_object("Namespace", NAMESPACE), ITEMS], NAMESPACE)
         model = chat.convert_model(ROOT)
         artifacts = tmp_path_factory.mktemp("artifacts")
         chat.apply(cluster, chat.volumes(model, artifacts, NAMESPACE), NAMESPACE)
@@ -131,6 +163,17 @@ def test_a_calibrated_profile_crosses_the_slow_link(loop: Loop) -> None:
     assert calibrated & set(slow["profiles"])
     assert loop.report["best_ratio"] > loop.report["best_ratio_uncalibrated"]
     assert loop.report["text_agreement"] > 0.5
+
+
+def test_the_profiles_answered_the_policys_task(loop: Loop) -> None:
+    """The Job read the items from the ConfigMap, and each lossy profile of the set has a score of all of them."""
+    name = loop.policy()["status"]["pareto"]["configMapRef"]["name"]
+    text = loop.cluster.kubectl("get", "configmap", name, "-n", NAMESPACE, "-o", "json")
+    pareto = ParetoSet.parse(json.loads(text)["data"]["pareto.json"].encode())
+    lossy = [profile for profile in pareto.profiles("default") if not profile.lossless]
+    assert lossy
+    assert {profile.tasks["facts"].items for profile in lossy} == {4}
+    assert pareto.provenance["windows"] == {"default": "held out"}
 
 
 def test_every_profile_in_use_is_within_the_budget(loop: Loop) -> None:

@@ -43,6 +43,7 @@ class Settings:
         max_tokens: Tokens generated for each request.
         otlp_endpoint: Where all parts send traces and metrics, as the pods reach it; empty for nowhere.
         prompts: How many of the example's prompts to send in each phase.
+        policy: File of the policy to apply; None for the example's.
         coder_share: What the prefill pod's encoding threads get of a processor in the last phase.
         calibration_tokens: Tokens that the profiling Job calibrates with; fewer than it would take by itself, so that
             the demo takes minutes on two cores.
@@ -57,6 +58,7 @@ class Settings:
     prompts: int = 6
     calibration_tokens: int = 8192
     coder_share: float = 0.05
+    policy: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +178,7 @@ class Job:
         self._done("prefill, decode and router are ready")
 
     def _apply_policy(self, cluster: Cluster) -> dict[str, Any]:
-        path = self.settings.root / chat.EXAMPLE / "policy.yaml"
+        path = self.settings.policy or self.settings.root / chat.EXAMPLE / "policy.yaml"
         cluster.kubectl("apply", "-n", NAMESPACE, "-f", str(path))
         columns = (
             TextColumn("{task.description}"),
