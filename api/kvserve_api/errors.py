@@ -12,6 +12,7 @@ The class says what the caller should do; `reason` is a stable word for metrics 
     ├── ValuesError          KV values that a lossy strategy can't carry: send them as they are
     ├── WireError            bytes from a peer that must not be used: recompute
     ├── TransferError        a transfer that did not arrive: recompute
+    ├── UnauthenticatedError who is at the other end does not prove to belong here: compare secrets and certificates
     └── UnavailableError     a service is not there now: retry after `retry_after_s`
 """
 
@@ -123,6 +124,12 @@ class TransferError(KVServeError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason.value
         self.detail = detail
+
+
+class UnauthenticatedError(KVServeError):
+    """Who is at the other end does not prove to belong here, or wants a proof that we don't have."""
+
+    reason = "Unauthenticated"
 
 
 class UnavailableError(KVServeError):

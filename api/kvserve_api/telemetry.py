@@ -90,12 +90,22 @@ REPORTS_DROPPED: Final = Instrument(
     unit="{report}",
     description="Transfer reports that no controller was there to take.",
 )
+CONTROL_FAILURES: Final = Instrument(
+    name="kvserve.control.failures",
+    unit="{stream}",
+    description="Streams to the controller that ended or did not come about, by reason.",
+)
 
 # Metrics of the controller.
 CONTROLLER_STREAMS: Final = Instrument(
     name="kvserve.controller.streams",
     unit="{stream}",
     description="Connected pods, by policy and state (synced, pending, rejected).",
+)
+CONTROLLER_REFUSED: Final = Instrument(
+    name="kvserve.controller.refused",
+    unit="{stream}",
+    description="Streams of pods that were refused, by reason.",
 )
 CONTROLLER_PUSHES: Final = Instrument(
     name="kvserve.controller.pushes",

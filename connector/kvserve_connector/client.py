@@ -34,6 +34,7 @@ from kvserve_connector.chunks import Chunk, check_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.frames import FrameSocket
+from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load
 from kvserve_connector.protocol import (
     MAX_RENEWED,
@@ -131,6 +132,7 @@ class TransferClient:
         self._coders = coders
         self._report = report
         self._coder = ChunkCoder(cache.form, bundles.find)
+        self._gate = Gate(config)
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
         self._early = ThreadPoolExecutor(MAX_EARLY, thread_name_prefix="kvserve-early")
         self._lock = threading.Lock()
@@ -249,9 +251,7 @@ class TransferClient:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TransferError(TransferReason.TIMEOUT, "waited too long for its turn")
-            frames = kept or FrameSocket.connect(
-                remote.host, remote.port, timeout_s=left_s, stall_s=self._config.stall_s
-            )
+            frames = kept or self._gate.connect(remote.host, remote.port, timeout_s=left_s)
             with self._lock:
                 active.frames = frames
                 cancelled = active.cancelled
@@ -297,8 +297,7 @@ class TransferClient:
             raise WireError(WireReason.MALFORMED, f"expected {kind.name}, got {header.kind.name}")
         body = frames.receive_body(header)
         if header.kind == Kind.REFUSE:
-            refuse = Refuse.parse(body)
-            raise TransferError(TransferReason.PEER_REFUSED, f"{refuse.reason}: {refuse.detail}")
+            raise Refuse.parse(body).error
         return body
 
     def _receive(
@@ -315,10 +314,7 @@ class TransferClient:
         while left:
             header = frames.receive_header()
             if header.kind == Kind.REFUSE:
-                refuse = Refuse.parse(frames.receive_body(header))
-                raise TransferError(
-                    TransferReason.PEER_REFUSED, f"{refuse.reason}: {refuse.detail}"
-                )
+                raise Refuse.parse(frames.receive_body(header)).error
             if header.kind != Kind.CHUNK:
                 raise WireError(WireReason.MALFORMED, f"expected CHUNK, got {header.kind.name}")
             index = header.index if load.remote.transfer else next(iter(left))
@@ -362,11 +358,8 @@ class TransferClient:
 
     def _release(self, remote: Remote) -> None:
         with suppress(KVServeError):
-            frames = self._take(remote) or FrameSocket.connect(
-                remote.host,
-                remote.port,
-                timeout_s=self._config.stall_s,
-                stall_s=self._config.stall_s,
+            frames = self._take(remote) or self._gate.connect(
+                remote.host, remote.port, timeout_s=self._config.stall_s
             )
             frames.set_budget(self._config.stall_s)
             message = Release(

@@ -1,11 +1,13 @@
 """What a pod's connector is told: vLLM's ``kv_connector_extra_config``, the environment and the pod's labels."""
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+from kvserve_api.credentials import NO_CREDENTIALS, CredentialFiles
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
 from kvserve_api.names import ENV_ARTIFACTS
@@ -13,6 +15,8 @@ from kvserve_api.names import ENV_ARTIFACTS
 PATH = "kv_connector_extra_config"
 DEFAULT_PORT = 7790
 MAX_LABELS_BYTES = 65_536
+MAX_PEERS = 64
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +38,9 @@ class ConnectorConfig:
         encode_ahead_bytes: Most bytes of chunks that are coded before a consumer asks for them; 0 for none.
         chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
         codec_threads: Threads that encode and decode, next to the engine's own.
+        credentials: What this pod proves itself with, to other pods and to the controller, and what it asks of them.
+        tls_server_name: Name that a producer's certificate must carry; None takes any of the authority's.
+        peers: Networks that producers may be in; empty for any.
         pod: This pod's name.
         namespace: Its namespace.
         labels: Its labels.
@@ -56,6 +63,9 @@ class ConnectorConfig:
     encode_ahead_bytes: int = 0
     chunk_layers: int = 5
     codec_threads: int = 1
+    credentials: CredentialFiles = NO_CREDENTIALS
+    tls_server_name: str | None = None
+    peers: tuple[Network, ...] = ()
     pod: str = "pod"
     namespace: str = "default"
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -67,6 +77,8 @@ class ConnectorConfig:
             raise SpecError(f"{PATH}.policy", f"must be namespace/name, got {self.policy!r}")
         if self.stall_s > self.timeout_s:
             raise SpecError(f"{PATH}.stall_s", "must not be above timeout_s")
+        if self.tls_server_name is not None and not self.credentials.tls:
+            raise SpecError(f"{PATH}.tls_server_name", "needs tls_ca_file")
 
     def of_rank(self, rank: int) -> Self:
         """Return the settings of one tensor-parallel worker, which has its own port, and is a pod to the controller."""
@@ -111,6 +123,14 @@ class ConnectorConfig:
             encode_ahead_bytes=fields.integer("encode_ahead_bytes", 0, minimum=0, maximum=1 << 40),
             chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
             codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),
+            credentials=CredentialFiles(
+                secret_file=_file(fields, "secret_file"),
+                tls_cert_file=_file(fields, "tls_cert_file"),
+                tls_key_file=_file(fields, "tls_key_file"),
+                tls_ca_file=_file(fields, "tls_ca_file"),
+            ),
+            tls_server_name=fields.string("tls_server_name", None, max_length=253),
+            peers=tuple(map(_network, fields.items("peers", [], max_items=MAX_PEERS))),
             pod=fields.string("pod", None, max_length=253) or env.get("POD_NAME") or os.uname()[1],
             namespace=fields.string("namespace", None, max_length=63)
             or env.get("POD_NAMESPACE")
@@ -143,6 +163,19 @@ def read_labels(path: Path) -> dict[str, str]:
             raise SpecError(where, f'must hold lines like key="value", got {line[:80]!r}')
         labels[key] = value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
     return labels
+
+
+def _file(fields: Fields, key: str) -> Path | None:
+    name = fields.string(key, None, max_length=4096)
+    return Path(name) if name else None
+
+
+def _network(value: object) -> Network:
+    try:
+        # a plain integer is an address too, to ipaddress
+        return ipaddress.ip_network(value if isinstance(value, str) else "")
+    except ValueError as error:
+        raise SpecError(f"{PATH}.peers", f"must be networks like 10.0.0.0/8: {error}") from error
 
 
 def _check_endpoint(endpoint: str) -> None:

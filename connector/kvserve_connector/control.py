@@ -16,9 +16,11 @@ from typing import Final
 
 import grpc
 
-from kvserve_api.errors import KVServeError, UnavailableError
+from kvserve_api.credentials import Credentials
+from kvserve_api.errors import KVServeError, UnauthenticatedError, UnavailableError
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
+from kvserve_api.rpc.auth import PodSide, channel_credentials
 from kvserve_api.rpc.messages import (
     MAX_MESSAGE_BYTES,
     decision_to_message,
@@ -30,7 +32,7 @@ from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, wanted_by
 from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
-from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.selector import Carries, ReadyTable, Selector, carries_all
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ FIRST_BACKOFF_S: Final = 0.2
 LAST_BACKOFF_S: Final = 5.0
 ANSWER_S: Final = 25.0
 """After this time a table that is still not ready is refused for now; the controller would end the stream at 30 s."""
+PROOF_S: Final = 10.0
+"""How long a controller may take to prove that it holds the secret."""
 HEALTHY_S: Final = 10.0
 """A stream that lived as long starts the backoff anew."""
 Call = grpc.aio.StreamStreamCall[pb.PodMessage, pb.ControllerMessage]
@@ -79,6 +83,10 @@ class ControlClient:
         bundles: Where the calibration bundles of tables come from.
         warm_up: Makes a new table's pipelines fast before it is acknowledged.
         carries: Tells of a pipeline whether it may code this engine's cache.
+        failed: Takes the reason for which a stream ended or did not come about.
+
+    Raises:
+        SpecError: A credential file can't be used.
     """
 
     def __init__(
@@ -90,8 +98,13 @@ class ControlClient:
         bundles: BundleBook,
         warm_up: Callable[[ReadyTable], None],
         carries: Carries = carries_all,
+        failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._config = config
+        self._credentials = (
+            Credentials(config.credentials, PATH, serves=False) if config.credentials else None
+        )
+        self._failed = failed
         self._identity = identity
         self._selector = selector
         self._dropped = dropped
@@ -135,12 +148,19 @@ class ControlClient:
         while not self._stop.is_set():
             started_s = loop.time()
             try:
-                async with grpc.aio.insecure_channel(
-                    self._config.control_endpoint, options=_OPTIONS
+                async with open_channel(
+                    self._config.control_endpoint, self._credentials
                 ) as channel:
                     await self._session(channel)
-            except grpc.aio.AioRpcError as error:
-                logger.info("control channel ended: %s %s", error.code().name, error.details())
+            except (grpc.aio.AioRpcError, UnauthenticatedError) as error:
+                failure = explain(error)
+                self._failed(failure.reason)
+                # what passes by itself is no warning
+                passes = failure.reason == UnavailableError.reason
+                logger.log(
+                    logging.INFO if passes else logging.WARNING,
+                    "control channel ended: %s: %s", failure.reason, failure,
+                )  # fmt: skip
             except Exception:
                 logger.exception("control channel failed")
             if loop.time() - started_s > HEALTHY_S:
@@ -152,27 +172,49 @@ class ControlClient:
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
         """Hold one stream until it ends."""
-        answers: asyncio.Queue[pb.PodMessage] = asyncio.Queue(maxsize=16)
         stub = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
-        call: Call = stub.Connect(self._outgoing(answers))
+        loaded = None if self._credentials is None else self._credentials.current()
+        side = PodSide.begin(() if loaded is None else loaded.secrets)
+        call: Call = stub.Connect(metadata=side.metadata)
         stop = asyncio.ensure_future(self._stop.wait())
-        reader = asyncio.ensure_future(self._read(call, answers))
+        talk = asyncio.ensure_future(self._talk(call, side))
         try:
-            await asyncio.wait({stop, reader}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                await reader
+            await asyncio.wait({stop, talk}, return_when=asyncio.FIRST_COMPLETED)
+            if talk.done():
+                await talk
         finally:
             call.cancel()
-            for task in (stop, reader):
+            for task in (stop, talk):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
                     await task
 
+    async def _talk(self, call: Call, side: PodSide) -> None:
+        """Say Hello to a controller that has proven itself, then listen and answer."""
+        hello = self._hello(await prove(call, side))
+        answers: asyncio.Queue[pb.PodMessage] = asyncio.Queue(maxsize=16)
+        writer = asyncio.ensure_future(self._write(call, hello, answers))
+        try:
+            await self._read(call, answers)
+        finally:
+            writer.cancel()
+            # why a stream ended is what the reader is told
+            with contextlib.suppress(
+                asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError
+            ):
+                await writer
+
+    async def _write(
+        self, call: Call, hello: pb.Hello, answers: "asyncio.Queue[pb.PodMessage]"
+    ) -> None:
+        await call.write(pb.PodMessage(hello=hello))
+        async for message in self._outgoing(answers):
+            await call.write(message)
+
     async def _outgoing(
         self, answers: "asyncio.Queue[pb.PodMessage]"
     ) -> AsyncIterator[pb.PodMessage]:
-        """Yield the Hello, then answers as they come and reports once in a while."""
-        yield pb.PodMessage(hello=self._hello())
+        """Yield answers as they come and reports once in a while."""
         while True:
             try:
                 yield await asyncio.wait_for(answers.get(), REPORT_EVERY_S)
@@ -262,7 +304,7 @@ class ControlClient:
         logger.info("table %s of policy %s is in force", version, ready.table.policy)
         return pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce))
 
-    def _hello(self) -> pb.Hello:
+    def _hello(self, proof: bytes) -> pb.Hello:
         table = self._selector.table
         return pb.Hello(
             pod=self._config.pod,
@@ -274,7 +316,59 @@ class ControlClient:
             connector_version=self._identity.version,
             version=None if table is None else version_to_message(table.version),
             stages=sorted(known_stages()),
+            proof=proof,
         )
+
+
+def open_channel(endpoint: str, credentials: Credentials | None) -> grpc.aio.Channel:
+    """Return a channel to a controller, by TLS if the credentials say so; not connected yet."""
+    secured = None if credentials is None else channel_credentials(credentials.current())
+    if secured is None:
+        return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+    return grpc.aio.secure_channel(endpoint, secured, options=_OPTIONS)
+
+
+async def prove(call: Call, side: PodSide) -> bytes:
+    """Return the proof for a stream's Hello, once the controller has given its own.
+
+    Raises:
+        UnauthenticatedError: The controller proves nothing, or not in time.
+        AioRpcError: The stream ended.
+    """
+    if not side.secrets:
+        return b""
+    try:
+        async with asyncio.timeout(PROOF_S):
+            metadata = await call.initial_metadata()
+    except TimeoutError:
+        metadata = None
+    if call.done():
+        # what it says of itself comes first
+        await call.read()
+    return side.prove(metadata or ())
+
+
+def explain(error: grpc.aio.AioRpcError | UnauthenticatedError) -> KVServeError:
+    """Return what an ended stream means.
+
+    Args:
+        error: What gRPC, or the controller, says.
+    """
+    if isinstance(error, UnauthenticatedError):
+        return error
+    detail = error.details() or error.code().name
+    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+        return UnauthenticatedError(detail)
+    if "handshak" in detail.lower() or "certificate" in detail.lower():
+        return UnauthenticatedError(f"no TLS with the controller: {detail}")
+    # the last is also said of a stream that ended while something was being written
+    if error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+    ):
+        return UnavailableError(detail)
+    return KVServeError(f"{error.code().name}: {detail}")
 
 
 def _nack(push: pb.Push, reason: str, detail: str) -> pb.PodMessage:

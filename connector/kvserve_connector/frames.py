@@ -1,11 +1,20 @@
-"""Frames over a TCP connection, with a deadline for the whole and a limit for silence."""
+"""Frames over a TCP connection, with or without TLS, with a deadline for the whole and a limit for silence."""
 
 import contextlib
+import select
 import socket
+import ssl
 import time
 from typing import Final
 
-from kvserve_api.errors import TransferError, TransferReason, WireError, WireReason
+from kvserve_api.errors import (
+    KVServeError,
+    TransferError,
+    TransferReason,
+    UnauthenticatedError,
+    WireError,
+    WireReason,
+)
 from kvserve_connector.protocol import (
     HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -19,6 +28,8 @@ _TCP_NOTSENT_LOWAT: Final = 25
 _UNSENT: Final = 256 << 10
 _PIECE: Final = 256 << 10
 """Bytes handed to the kernel at once: small enough that a lost peer is noticed by ``stall_s``."""
+_TLS_PIECE: Final = 64 << 10
+"""The same for TLS, which comes back only when all of them are gone; smaller ones cost more processor time."""
 
 
 class FrameSocket:
@@ -39,6 +50,7 @@ class FrameSocket:
         self._silence_s = stall_s
         self._deadline_s = time.monotonic() + stall_s
         self.received_bytes = 0
+        self._piece = _PIECE
 
     @classmethod
     def connect(cls, host: str, port: int, *, timeout_s: float, stall_s: float) -> "FrameSocket":
@@ -54,6 +66,85 @@ class FrameSocket:
         except OSError as error:
             raise TransferError(TransferReason.PEER_LOST, f"{host}:{port}: {error}") from error
         return cls(connection, stall_s)
+
+    def secure(
+        self, context: ssl.SSLContext, *, server_side: bool, server_name: str | None = None
+    ) -> None:
+        """Speak TLS from here on.
+
+        Raises:
+            UnauthenticatedError: The other side does not, or shows no certificate that is good here.
+            TransferError: The peer is gone or silent.
+        """
+        try:
+            self._arm()
+            # first the socket, then the handshake: an interrupt must find what is being waited on
+            self.socket = context.wrap_socket(
+                self.socket,
+                server_side=server_side,
+                server_hostname=server_name,
+                do_handshake_on_connect=False,
+            )
+            self._piece = _TLS_PIECE
+            self.socket.do_handshake()
+        except TimeoutError as error:
+            raise TransferError(TransferReason.TIMEOUT, "the TLS handshake takes long") from error
+        except ssl.SSLError as error:
+            raise UnauthenticatedError(f"no TLS with the peer: {error}") from error
+        except OSError as error:
+            raise TransferError(
+                TransferReason.PEER_LOST, f"in the TLS handshake: {error}"
+            ) from error
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The certificate that the peer has shown, DER; None without TLS or certificate."""
+        if not isinstance(self.socket, ssl.SSLSocket):
+            return None
+        return self.socket.getpeercert(binary_form=True)
+
+    def wait(self, silence_s: float) -> bool:
+        """Wait for the peer's next frame; False if the peer is done with the connection, or silent for so long."""
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            return True
+        try:
+            poll = select.poll()
+            poll.register(self.socket, select.POLLIN)
+            if not poll.poll(silence_s * 1000):
+                return False
+            # of TLS it takes reading to know
+            return isinstance(self.socket, ssl.SSLSocket) or bool(
+                self.socket.recv(1, socket.MSG_PEEK)
+            )
+        except (OSError, ValueError):
+            return False
+
+    def first_byte(self) -> int:
+        """Return the first byte that the peer sends, without taking it; before TLS only.
+
+        Raises:
+            TransferError: The peer is gone or silent.
+        """
+        try:
+            self._arm()
+            found = self.socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            raise _lost(error, "while waiting for a first word") from error
+        if not found:
+            raise TransferError(TransferReason.PEER_LOST, "the peer closed the connection")
+        return found[0]
+
+    def drain(self, budget_s: float, most_bytes: int) -> None:
+        """Say nothing more and throw away what comes: closing at once would take back what was just sent."""
+        deadline_s = time.monotonic() + budget_s
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            while most_bytes > 0 and (left_s := deadline_s - time.monotonic()) > 0:
+                self.socket.settimeout(left_s)
+                data = socket.socket.recv(self.socket, min(most_bytes, 4096))
+                if not data:
+                    return
+                most_bytes -= len(data)
 
     def set_budget(self, budget_s: float, *, patient: bool = False) -> None:
         """Set how many seconds from now everything together may take; all of it in silence, if patient."""
@@ -72,11 +163,9 @@ class FrameSocket:
         try:
             while sent < len(view):
                 self._arm()
-                sent += self.socket.send(view[sent : sent + _PIECE])
-        except TimeoutError as error:
-            raise TransferError(TransferReason.TIMEOUT, "the peer takes no more bytes") from error
+                sent += self.socket.send(view[sent : sent + self._piece])
         except OSError as error:
-            raise TransferError(TransferReason.PEER_LOST, f"while sending: {error}") from error
+            raise _lost(error, "while sending") from error
 
     def send_chunk(self, blob: memoryview, index: int) -> None:
         """Send a chunk's frame; the index is its place in the plan."""
@@ -116,15 +205,14 @@ class FrameSocket:
                     raise TransferError(TransferReason.PEER_LOST, "the peer closed the connection")
                 done += count
                 self.received_bytes += count
-        except TimeoutError as error:
-            raise TransferError(TransferReason.TIMEOUT, "the peer sends nothing") from error
         except OSError as error:
-            raise TransferError(TransferReason.PEER_LOST, f"while receiving: {error}") from error
+            raise _lost(error, "while receiving") from error
 
     def interrupt(self) -> None:
         """Make whoever waits on the connection fail at once; safe from any thread."""
+        # of TLS too only the connection: its own shutdown would let another thread take ciphertext for plain bytes
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -136,3 +224,19 @@ class FrameSocket:
         if left_s <= 0:
             raise TransferError(TransferReason.TIMEOUT, "the transfer's time is over")
         self.socket.settimeout(min(left_s, self._silence_s))
+
+
+def _lost(error: OSError, when: str) -> KVServeError:
+    """Return what an error of a connection means."""
+    if isinstance(error, TimeoutError):
+        return TransferError(TransferReason.TIMEOUT, f"the peer is silent {when}")
+    if not isinstance(error, ssl.SSLError) or isinstance(
+        error, ssl.SSLEOFError | ssl.SSLZeroReturnError
+    ):
+        return TransferError(TransferReason.PEER_LOST, f"{when}: {error}")
+    if "BAD_RECORD_MAC" in (error.reason or ""):
+        return WireError(WireReason.CHECKSUM_MISMATCH, f"{when}: {error}")
+    # in TLS 1.3 a client learns here that its certificate was refused
+    if "ALERT" in (error.reason or ""):
+        return UnauthenticatedError(f"the peer ended TLS: {error}")
+    return WireError(WireReason.MALFORMED, f"{when}: {error}")

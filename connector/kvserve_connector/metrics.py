@@ -16,6 +16,7 @@ from kvserve_api.telemetry import (
     ATTR_REASON,
     ATTR_STAGE,
     CACHE_OPAQUE,
+    CONTROL_FAILURES,
     LEASES,
     REPORTS_DROPPED,
     SELECTIONS,
@@ -71,6 +72,7 @@ class Metrics:
         self._failures = counter(meter, TRANSFER_FAILURES)
         self._selections = counter(meter, SELECTIONS)
         self._leases = counter(meter, LEASES)
+        self._control = counter(meter, CONTROL_FAILURES)
         self._dropped = counter(meter, REPORTS_DROPPED)
         self._lock = threading.Lock()
         self._totals: Data = {}
@@ -141,6 +143,10 @@ class Metrics:
             self._leases.add(count, {ATTR_REASON: reason})
             with self._lock:
                 add_count(self._totals, "leases", reason, count)
+
+    def control_failed(self, reason: str) -> None:
+        """Count a stream to the controller that ended or did not come about."""
+        self._control.add(1, {ATTR_REASON: reason})
 
     def reports_dropped(self, count: int) -> None:
         """Count transfer reports that found no room in their queue."""

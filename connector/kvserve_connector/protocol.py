@@ -16,6 +16,8 @@ body is a self-describing blob with checksums of its own. Over one connection, o
 
 A PULL that names a transfer may come before its prefill has ended. Its chunks come in any order; their headers say
 which they are.
+
+With credentials, HELLO, CHALLENGE and PROOF come before all that; see `kvserve_connector.handshake`.
 """
 
 import json
@@ -26,7 +28,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, Self
 
-from kvserve_api.errors import SpecError, WireError, WireReason
+from kvserve_api.errors import (
+    KVServeError,
+    SpecError,
+    TransferError,
+    TransferReason,
+    UnauthenticatedError,
+    WireError,
+    WireReason,
+)
 from kvserve_api.fields import Fields
 from kvserve_api.profile_set import NAME_PATTERN
 from kvserve_api.table import Version
@@ -60,6 +70,9 @@ class Kind(IntEnum):
     RELEASE = 7
     WAIT = 8
     RENEW = 9
+    HELLO = 16
+    CHALLENGE = 17
+    PROOF = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +335,13 @@ class Refuse:
 
     reason: str
     detail: str
+
+    @property
+    def error(self) -> KVServeError:
+        """What a consumer makes of it."""
+        if self.reason == UnauthenticatedError.reason:
+            return UnauthenticatedError(self.detail)
+        return TransferError(TransferReason.PEER_REFUSED, f"{self.reason}: {self.detail}")
 
     def pack(self) -> bytes:
         """Return the frame."""

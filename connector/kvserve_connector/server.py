@@ -14,6 +14,7 @@ from kvserve_api.errors import (
     KVServeError,
     TransferError,
     TransferReason,
+    UnauthenticatedError,
     WireError,
     WireReason,
 )
@@ -34,6 +35,7 @@ from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
+from kvserve_connector.gate import Door
 from kvserve_connector.leases import SENT, Claim, LeaseBook
 from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
@@ -129,6 +131,7 @@ class TransferServer:
         self._ahead: Ahead | None = None
         if config.encode_ahead_bytes and cache.form.opaque is None:
             self._ahead = Ahead(config.encode_ahead_bytes, leases, self._encoder, self._plan_ahead)
+        self._door = Door(config)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
         family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
@@ -176,7 +179,8 @@ class TransferServer:
         """Answer one connection until it ends."""
         self._open.add(frames)
         try:
-            while not self._closed and self._await_request(frames):
+            self._door.admit(frames, self.port)
+            while not self._closed and frames.wait(IDLE_S):
                 frames.set_budget(self._config.stall_s)
                 header = frames.receive_header()
                 body = frames.receive_body(header)
@@ -189,8 +193,11 @@ class TransferServer:
                 elif header.kind == Kind.RENEW:
                     self._leases.renew(Renew.parse(body).names)
                 else:
-                    logger.info("connection from %s ended: %s comes first", peer, header.kind.name)
-                    return
+                    self._door.expect_no(header.kind)
+        except UnauthenticatedError as error:
+            self._metrics.failed("send", error.reason)
+            logger.warning("%s was turned away: %s", peer, error)
+            self._door.turn_away(frames, error)
         except KVServeError as error:
             logger.info("connection from %s ended: %s", peer, error)
         except Exception:
@@ -199,14 +206,6 @@ class TransferServer:
             frames.close()
             self._open.discard(frames)
             self._room.release()
-
-    def _await_request(self, frames: FrameSocket) -> bool:
-        """Wait for the next request; False when the consumer is done with the connection."""
-        frames.socket.settimeout(IDLE_S)
-        try:
-            return bool(frames.socket.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
 
     def _answer(self, frames: FrameSocket, peer: str, pull: Pull) -> None:
         """Send what one PULL asks for, or say why not."""

@@ -91,6 +91,7 @@ class WorkerHalf:
             self._bundles,
             self._warm_up,
             self._carries,
+            self._metrics.control_failed,
         )
         self._coders = ThreadPoolExecutor(
             config.codec_threads,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from kvserve_api.credentials import CredentialFiles
 from kvserve_api.errors import KVServeError, SpecError
 from kvserve_controller import logs
 from kvserve_controller.server import Address, Options, run
@@ -26,6 +27,7 @@ def _number(_context: click.Context, _parameter: click.Parameter, value: float) 
     return value
 
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -63,6 +65,14 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
     type=click.Path(dir_okay=False, path_type=Path),
     help="File in which what was learned survives a restart.",
 )
+@click.option("--secret-file", type=_FILE, help="Secrets that pods must hold too, one a line.")
+@click.option("--tls-cert-file", type=_FILE, help="Certificate chain (PEM): pods connect by TLS.")
+@click.option("--tls-key-file", type=_FILE, help="Its private key (PEM).")
+@click.option(
+    "--tls-ca-file",
+    type=_FILE,
+    help="Authorities (PEM) whose certificates pods must show.",
+)
 def controller(
     policies: Path | None,
     profiles: Path | None,
@@ -72,6 +82,10 @@ def controller(
     health: Address,
     prior_mbit: float,
     state: Path | None,
+    secret_file: Path | None,
+    tls_cert_file: Path | None,
+    tls_key_file: Path | None,
+    tls_ca_file: Path | None,
 ) -> None:
     """Decide which compression profiles serving pods may use, and push that to them.
 
@@ -93,6 +107,12 @@ def controller(
         namespace=namespace,
         prior_bytes_per_s=prior_mbit * BYTES_PER_S_PER_MBIT,
         state=state,
+        credentials=CredentialFiles(
+            secret_file=secret_file,
+            tls_cert_file=tls_cert_file,
+            tls_key_file=tls_key_file,
+            tls_ca_file=tls_ca_file,
+        ),
     )
     try:
         asyncio.run(run(options))

@@ -108,6 +108,10 @@ class Controller:
         """
         self._versions.raise_above(version)
 
+    def refused(self, reason: str) -> None:
+        """Take note of a stream that was refused."""
+        self._metrics.refused(reason)
+
     def reports(self, policy: str, pod: str, messages: Sequence[Any]) -> None:
         """Take up the ``TransferReport`` messages of one of a policy's pods."""
         _, program = self._programs.get(policy, ("", None))

@@ -18,6 +18,7 @@ class Metrics:
         meter = metrics.get_meter("kvserve.controller")
         self._pushes = counter(meter, telemetry.CONTROLLER_PUSHES)
         self._reports = counter(meter, telemetry.CONTROLLER_REPORTS)
+        self._refused = counter(meter, telemetry.CONTROLLER_REFUSED)
         self._checkpoints = counter(meter, telemetry.CONTROLLER_CHECKPOINTS)
         self._observations: tuple[Observation, ...] = ()
         self._drifted: tuple[Observation, ...] = ()
@@ -43,6 +44,10 @@ class Metrics:
     def reports(self, policy: str, outcome: str, count: int) -> None:
         """Count transfer reports."""
         self._reports.add(count, {telemetry.ATTR_POLICY: policy, telemetry.ATTR_REASON: outcome})
+
+    def refused(self, reason: str) -> None:
+        """Count a stream that was refused."""
+        self._refused.add(1, {telemetry.ATTR_REASON: reason})
 
     def checkpoint(self, outcome: str) -> None:
         """Count a checkpoint that was written, restored or refused."""

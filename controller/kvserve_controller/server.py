@@ -15,6 +15,7 @@ import grpc.aio
 from aiohttp import web
 
 from kvserve_api import otel
+from kvserve_api.credentials import NO_CREDENTIALS, CredentialFiles, Credentials
 from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.rpc.control_pb2_grpc import add_ControlServicer_to_server
 from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES
@@ -78,6 +79,7 @@ class Options:
         namespace: The namespace to watch; empty for all.
         prior_bytes_per_s: Goodput to assume for a link nobody has measured yet.
         state: File in which what was learned survives; None to learn anew after each start.
+        credentials: What the controller proves itself with, and what it asks of pods.
     """
 
     listen: Address
@@ -87,6 +89,7 @@ class Options:
     namespace: str = ""
     prior_bytes_per_s: float
     state: Path | None = None
+    credentials: CredentialFiles = NO_CREDENTIALS
 
 
 def now() -> Instant:
@@ -132,7 +135,8 @@ async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -
     await stack.enter_async_context(
         _http(options.health, application(health, controller.statuses, controller.decisions))
     )
-    await stack.enter_async_context(grpc_server(options.listen, controller))
+    credentials = Credentials(options.credentials, "controller", serves=True)
+    await stack.enter_async_context(grpc_server(options.listen, controller, credentials))
     # what was imported never becomes garbage: without it a collection does not hold up a thousand streams
     gc.freeze()
     health.listening = True
@@ -217,8 +221,15 @@ async def _write(controller: Controller, writer: StatusWriter) -> None:
 
 
 @asynccontextmanager
-async def grpc_server(address: Address, controller: Controller) -> AsyncIterator[int]:
+async def grpc_server(
+    address: Address, controller: Controller, credentials: Credentials | None = None
+) -> AsyncIterator[int]:
     """Serve a controller's streams; yields the port.
+
+    Args:
+        address: Where.
+        controller: What decides.
+        credentials: What pods must prove; None believes everybody.
 
     Raises:
         SpecError: The address can't be used.
@@ -240,19 +251,44 @@ async def grpc_server(address: Address, controller: Controller) -> AsyncIterator
         on_hello=controller.announce,
         on_reports=controller.reports,
         on_decisions=controller.decided,
+        on_refused=controller.refused,
+        credentials=credentials,
     )
     add_ControlServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     try:
-        port = server.add_insecure_port(str(address))
+        secured = None if credentials is None else server_credentials(credentials)
+        if secured is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), secured)
     except RuntimeError as error:
         raise SpecError("listen", f"can't use {address}: {error}") from error
     await server.start()
-    log.info("listening", extra={"address": f"{address.host}:{port}"})
+    log.info(
+        "listening",
+        extra={"address": f"{address.host}:{port}", "tls": secured is not None},
+    )
     try:
         yield port
     finally:
         controller.hub.stop()
         await server.stop(GRACE_S)
+
+
+def server_credentials(credentials: Credentials) -> grpc.ServerCredentials | None:
+    """Return what the port is secured with, as new as the files for each connection; None for a plain port."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        loaded = credentials.current()
+        pair = (loaded.key_pem or b"", loaded.cert_pem or b"")
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=loaded.ca_pem)
+
+    loaded = credentials.current()
+    if loaded.server is None:
+        return None
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), configuration, require_client_authentication=loaded.ca_pem is not None
+    )
 
 
 @asynccontextmanager

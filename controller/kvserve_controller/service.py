@@ -10,8 +10,16 @@ from typing import Any, Final, TypeAlias
 import grpc
 import grpc.aio
 
-from kvserve_api.errors import PolicyError, SpecError, UnavailableError
+from kvserve_api.credentials import Credentials
+from kvserve_api.errors import (
+    KVServeError,
+    PolicyError,
+    SpecError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from kvserve_api.rpc import control_pb2_grpc
+from kvserve_api.rpc.auth import ControllerSide
 from kvserve_api.table import Version
 from kvserve_controller.match import Pod
 from kvserve_controller.push import Ending, Hub, Session
@@ -41,6 +49,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         on_hello: Callable[[Version], None],
         on_reports: Callable[[str, str, Sequence[Any]], None],
         on_decisions: Callable[[str, str, Sequence[Any]], None],
+        on_refused: Callable[[str], None],
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the service.
@@ -50,21 +60,26 @@ class ControlService(control_pb2_grpc.ControlServicer):
             on_hello: Called with the version a pod holds; raises SpecError for one that can't be.
             on_reports: Called with a policy, one of its pods and the pod's ``TransferReport`` messages.
             on_decisions: Called with the same and the pod's ``Decision`` messages.
+            on_refused: Called with the reason when a stream is refused.
+            credentials: What pods must prove; None believes everybody.
             clock: Monotonic seconds.
         """
         self._hub = hub
         self._on_hello = on_hello
         self._on_reports = on_reports
         self._on_decisions = on_decisions
+        self._on_refused = on_refused
+        self._credentials = credentials
         self._clock = clock
 
     async def Connect(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
         """Serve one pod until either side ends the stream."""
         try:
             session = self._hub.connect(await self._hello(context))
-        except UnavailableError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except SpecError as error:
+        except KVServeError as error:
+            self._on_refused(error.reason)
+            if isinstance(error, UnauthenticatedError):
+                log.warning("pod turned away", extra={"peer": context.peer(), "why": str(error)})
             await context.abort(_code_of(error), str(error))
         pod = session.pod
         log.info(
@@ -90,12 +105,16 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await context.abort(grpc.StatusCode[ending.value], detail)
 
     async def _hello(self, context: Context) -> Pod:
+        secrets = () if self._credentials is None else self._credentials.current().secrets
+        side = ControllerSide.begin(secrets, context.invocation_metadata())
+        await context.send_initial_metadata(side.metadata)
         try:
             message = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
         except TimeoutError:
             message = _EOF
         if message is _EOF or message.WhichOneof("body") != "hello":
             raise SpecError("hello", f"must be the first message, within {HELLO_TIMEOUT_S:g} s")
+        side.check(message.hello.proof)
         pod = Pod.read(message.hello)
         if pod.version is not None:
             self._on_hello(pod.version)
@@ -142,10 +161,18 @@ async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:
             await event.wait()
 
 
-def _code_of(error: SpecError) -> grpc.StatusCode:
-    if isinstance(error, PolicyError):
-        return grpc.StatusCode.FAILED_PRECONDITION
-    return grpc.StatusCode.INVALID_ARGUMENT
+def _code_of(error: KVServeError) -> grpc.StatusCode:
+    match error:
+        case UnauthenticatedError():
+            return grpc.StatusCode.UNAUTHENTICATED
+        case UnavailableError():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        case PolicyError():
+            return grpc.StatusCode.FAILED_PRECONDITION
+        case SpecError():
+            return grpc.StatusCode.INVALID_ARGUMENT
+        case _:
+            return grpc.StatusCode.INTERNAL
 
 
 def _why(session: Session) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -198,14 +199,14 @@ class Pair:
 
 
 @contextmanager
-def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: float) -> Iterator[Pair]:
+def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: Any) -> Iterator[Pair]:
     """Start both ends; ``form`` is what the consumer believes of its cache."""
     config = replace(
         ConnectorConfig(
             listen_host="127.0.0.1", listen_port=0, timeout_s=5.0, stall_s=1.0, chunk_layers=2
         ),
         lease_s=lease_s,
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     selector = Selector()
     metrics = Metrics(selector)

@@ -39,7 +39,7 @@ class Version(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("pod", "namespace", "role", "policy", "labels", "model_fingerprint", "connector_version", "version", "stages")
+    __slots__ = ("pod", "namespace", "role", "policy", "labels", "model_fingerprint", "connector_version", "version", "stages", "proof")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Hello(_message.Message):
     CONNECTOR_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     pod: str
     namespace: str
     role: str
@@ -65,7 +66,8 @@ class Hello(_message.Message):
     connector_version: str
     version: Version
     stages: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, pod: _Optional[str] = ..., namespace: _Optional[str] = ..., role: _Optional[str] = ..., policy: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., model_fingerprint: _Optional[str] = ..., connector_version: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., stages: _Optional[_Iterable[str]] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, pod: _Optional[str] = ..., namespace: _Optional[str] = ..., role: _Optional[str] = ..., policy: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., model_fingerprint: _Optional[str] = ..., connector_version: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., stages: _Optional[_Iterable[str]] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Push(_message.Message):
     __slots__ = ("version", "nonce", "table")

@@ -40,6 +40,10 @@ class ControlStub:
     5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
     applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
     6. Neither side accepts a message of more than 1 MiB.
+    7. With a shared secret, the pod's request carries a nonce of 32 bytes in the metadata kvserve-nonce-bin. The
+    controller answers at once, in its initial metadata, with a nonce of its own under the same name and its proof in
+    kvserve-proof-bin; the pod checks that and puts its own proof into Hello. Whoever proves nothing loses the stream
+    (UNAUTHENTICATED), before its Hello is looked at. The proofs are those of kvserve_api/rpc/auth.py.
     """
 
     def __init__(self, channel):
@@ -70,6 +74,10 @@ class ControlServicer:
     5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
     applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
     6. Neither side accepts a message of more than 1 MiB.
+    7. With a shared secret, the pod's request carries a nonce of 32 bytes in the metadata kvserve-nonce-bin. The
+    controller answers at once, in its initial metadata, with a nonce of its own under the same name and its proof in
+    kvserve-proof-bin; the pod checks that and puts its own proof into Hello. Whoever proves nothing loses the stream
+    (UNAUTHENTICATED), before its Hello is looked at. The proofs are those of kvserve_api/rpc/auth.py.
     """
 
     def Connect(self, request_iterator, context):
@@ -109,6 +117,10 @@ class Control:
     5. Whatever ends the stream, the pod keeps its table until its time to live has passed; then on_controller_loss
     applies. It announces the version it holds in its next Hello, and the controller's versions are above that.
     6. Neither side accepts a message of more than 1 MiB.
+    7. With a shared secret, the pod's request carries a nonce of 32 bytes in the metadata kvserve-nonce-bin. The
+    controller answers at once, in its initial metadata, with a nonce of its own under the same name and its proof in
+    kvserve-proof-bin; the pod checks that and puts its own proof into Hello. Whoever proves nothing loses the stream
+    (UNAUTHENTICATED), before its Hello is looked at. The proofs are those of kvserve_api/rpc/auth.py.
     """
 
     @staticmethod

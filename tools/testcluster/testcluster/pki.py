@@ -67,7 +67,13 @@ class Authority:
         self.certificate.write_bytes(own.public_bytes(serialization.Encoding.PEM))
 
     def issue(
-        self, file: str, common_name: str, *, group: str | None = None, hosts: tuple[str, ...] = ()
+        self,
+        file: str,
+        common_name: str,
+        *,
+        group: str | None = None,
+        hosts: tuple[str, ...] = (),
+        lifetime: datetime.timedelta = _LIFETIME,
     ) -> Pair:
         """Sign a certificate for a client and, with hosts, for a server too.
 
@@ -76,6 +82,7 @@ class Authority:
             common_name: The user that Kubernetes sees.
             group: The group that Kubernetes sees.
             hosts: Names and addresses under which a server is reached.
+            lifetime: How long it is good; it has been for an hour.
 
         Returns:
             Where certificate and key are.
@@ -89,7 +96,7 @@ class Authority:
         if hosts:
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
         builder = (
-            self._builder(x509.Name(subject), key)
+            self._builder(x509.Name(subject), key, lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -102,7 +109,10 @@ class Authority:
         return pair
 
     def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        lifetime: datetime.timedelta = _LIFETIME,
     ) -> x509.CertificateBuilder:
         """Return what all certificates have in common."""
         now = datetime.datetime.now(datetime.UTC)
@@ -113,7 +123,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + _LIFETIME)
+            .not_valid_after(now + lifetime)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
                 critical=False,
