@@ -189,6 +189,32 @@ def test_everything_reaches_its_place(render: Render) -> None:
     assert found == {"Role", "RoleBinding"}
 
 
+def test_credentials_reach_the_controller(render: Render) -> None:
+    """The controller, and the test that calls it, mount the Secrets that are named, and nothing without them."""
+    plain = pick(render(), "Deployment", "kvserve-controller")["spec"]["template"]["spec"]
+    assert not [a for a in plain["containers"][0]["args"] if "secret" in a or "tls" in a]
+    named = {"secretName": "shared", "tlsSecretName": "certificate"}
+    objects = render({"security": named})
+    spec = pick(objects, "Deployment", "kvserve-controller")["spec"]["template"]["spec"]
+    assert spec["containers"][0]["args"][-4:] == [
+        "--secret-file=/etc/kvserve/secret/secret",
+        "--tls-cert-file=/etc/kvserve/tls/tls.crt",
+        "--tls-key-file=/etc/kvserve/tls/tls.key",
+        "--tls-ca-file=/etc/kvserve/tls/ca.crt",
+    ]
+    for pod in (spec, pick(objects, "Pod", "kvserve-test")["spec"]):
+        volumes = {volume["name"]: volume.get("secret") for volume in pod["volumes"]}
+        assert volumes["secret"] == {"secretName": "shared", "defaultMode": 0o440}
+        assert volumes["tls"] == {"secretName": "certificate", "defaultMode": 0o440}
+        paths = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert paths["tls"] == {"name": "tls", "mountPath": "/etc/kvserve/tls", "readOnly": True}
+    service = pick(objects, "Service", "kvserve-controller")["spec"]
+    assert service["ports"][0]["appProtocol"] == "https"
+    one_sided = render({"security": {**named, "clientCertificates": False}})
+    container = pick(one_sided, "Deployment", "kvserve-controller")["spec"]["template"]["spec"]
+    assert "--tls-ca-file=/etc/kvserve/tls/ca.crt" not in container["containers"][0]["args"]
+
+
 def test_operator_config_holds_the_profiler(render: Render, tmp_path: Path) -> None:
     """The operator reads the profiler's values from operator.yaml; a change of it restarts the operator."""
     objects = render(FULL)

@@ -129,6 +129,8 @@ def test_docs_list_every_value(schema: Json, values: Json) -> None:
         pytest.param("artifacts.url=file://artifacts", "url", id="folder as a host"),
         pytest.param("artifacts.url=file:///", "url", id="root as a store"),
         pytest.param("artifacts.secret=A_B", "secret", id="no name of a secret"),
+        pytest.param("security.secretName=A_B", "secretName", id="no name of a shared secret"),
+        pytest.param("security.clientCertificates=1", "clientCertificates", id="number for yes"),
         pytest.param("crds.keep=maybe", "keep", id="no boolean"),
         pytest.param("fullnameOverride=Big", "fullnameOverride", id="capital letter"),
     ],

@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+TLS = Path("/etc/kvserve/tls")
+FILES = ("ca.crt", "tls.key", "tls.crt")
 API = "kvserve.io/v1alpha1"
 TIMEOUT_S = 60.0
 
@@ -37,10 +39,17 @@ def check_ready(host: str) -> str:
 
 
 def check_grpc(host: str) -> str:
-    """Open a gRPC channel as a serving pod does."""
+    """Open a gRPC channel as a serving pod does, by TLS if the controller's certificate is mounted here."""
     import grpc
 
-    with grpc.insecure_channel(f"{host}:7443") as channel:
+    address = f"{host}:7443"
+    if TLS.is_dir():
+        authority, key, certificate = ((TLS / name).read_bytes() for name in FILES)
+        trust = grpc.ssl_channel_credentials(authority, key, certificate)
+        opened = grpc.secure_channel(address, trust)
+    else:
+        opened = grpc.insecure_channel(address)
+    with opened as channel:
         grpc.channel_ready_future(channel).result(timeout=10)
     return "the controller's gRPC port answers"
 

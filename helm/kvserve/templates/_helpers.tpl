@@ -63,6 +63,27 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* Files that the controller proves itself with. */}}
+{{- define "kvserve.security.mounts" -}}
+{{- if .Values.security.secretName }}
+- {name: secret, mountPath: /etc/kvserve/secret, readOnly: true}
+{{- end }}
+{{- if .Values.security.tlsSecretName }}
+- {name: tls, mountPath: /etc/kvserve/tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "kvserve.security.volumes" -}}
+{{- if .Values.security.secretName }}
+- name: secret
+  secret: {secretName: {{ .Values.security.secretName | quote }}, defaultMode: 0440}
+{{- end }}
+{{- if .Values.security.tlsSecretName }}
+- name: tls
+  secret: {secretName: {{ .Values.security.tlsSecretName | quote }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
 {{/* Where a pod may be placed: the component's values. */}}
 {{- define "kvserve.scheduling" -}}
 {{- with .priorityClassName }}
