@@ -372,8 +372,8 @@ class TransferClient:
         """Tell a producer that its prefills are still wanted; if that fails, there is a next time."""
         first, limit_s = remotes[0], min(self._config.stall_s, self._config.lease_s)
         with suppress(KVServeError):
-            frames = self._take(first) or FrameSocket.connect(
-                first.host, first.port, timeout_s=limit_s, stall_s=self._config.stall_s
+            frames = self._take(first) or self._gate.connect(
+                first.host, first.port, timeout_s=limit_s
             )
             frames.set_budget(limit_s)
             names = tuple(remote.request_id for remote in remotes)
