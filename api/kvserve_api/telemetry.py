@@ -22,6 +22,9 @@ SPAN_TRANSFER: Final = "kvserve.transfer"
 SPAN_ENCODE: Final = "kvserve.encode"
 SPAN_WIRE: Final = "kvserve.wire"
 SPAN_DECODE: Final = "kvserve.decode"
+SPAN_STORE_LOOKUP: Final = "kvserve.store.lookup"
+SPAN_STORE_LOAD: Final = "kvserve.store.load"
+SPAN_STORE_SAVE: Final = "kvserve.store.save"
 SPAN_PROFILE_RUN: Final = "kvserve.profile.run"
 SPAN_PROFILE_TRIAL: Final = "kvserve.profile.trial"
 SPAN_COMPILE: Final = "kvserve.controller.compile"
@@ -84,6 +87,21 @@ LEASES: Final = Instrument(
     name="kvserve.leases",
     unit="{lease}",
     description="Prefills whose blocks were kept for a consumer, by how that ended.",
+)
+STORE_OPERATIONS: Final = Instrument(
+    name="kvserve.store.operations",
+    unit="{operation}",
+    description="Operations of the KV store, by operation (get, put, exists, delete) and by how they ended.",
+)
+STORE_TOKENS: Final = Instrument(
+    name="kvserve.store.tokens",
+    unit="{token}",
+    description="Prompt tokens by what became of them: looked for, found, fetched from the KV store, or stored in it.",
+)
+STORE_DECISIONS: Final = Instrument(
+    name="kvserve.store.decisions",
+    unit="{request}",
+    description="Prefixes found in the KV store, by what was done (fetch, recompute) and why.",
 )
 REPORTS_DROPPED: Final = Instrument(
     name="kvserve.reports.dropped",

@@ -11,6 +11,7 @@ from kvserve_api.credentials import NO_CREDENTIALS, CredentialFiles
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
 from kvserve_api.names import ENV_ARTIFACTS
+from kvserve_connector.stores.config import StoreConfig, read_store
 
 PATH = "kv_connector_extra_config"
 DEFAULT_PORT = 7790
@@ -41,6 +42,7 @@ class ConnectorConfig:
         credentials: What this pod proves itself with, to other pods and to the controller, and what it asks of them.
         tls_server_name: Name that a producer's certificate must carry; None takes any of the authority's.
         peers: Networks that producers may be in; empty for any.
+        store: The store of prompt prefixes; None to have none.
         pod: This pod's name.
         namespace: Its namespace.
         labels: Its labels.
@@ -66,6 +68,7 @@ class ConnectorConfig:
     credentials: CredentialFiles = NO_CREDENTIALS
     tls_server_name: str | None = None
     peers: tuple[Network, ...] = ()
+    store: StoreConfig | None = None
     pod: str = "pod"
     namespace: str = "default"
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +134,7 @@ class ConnectorConfig:
             ),
             tls_server_name=fields.string("tls_server_name", None, max_length=253),
             peers=tuple(map(_network, fields.items("peers", [], max_items=MAX_PEERS))),
+            store=read_store(fields),
             pod=fields.string("pod", None, max_length=253) or env.get("POD_NAME") or os.uname()[1],
             namespace=fields.string("namespace", None, max_length=63)
             or env.get("POD_NAMESPACE")

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -32,10 +33,11 @@ from kvserve_api.errors import SpecError
 from kvserve_connector.bootstrap import BootstrapServer, page
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.engine import inspect
-from kvserve_connector.metadata import ServerAddress, StepMetadata
+from kvserve_connector.metadata import ServerAddress, StepMetadata, WorkerNews
 from kvserve_connector.remote import engine_name
 from kvserve_connector.scheduler import SchedulerHalf
 from kvserve_connector.stats import PromMetrics, Stats
+from kvserve_connector.stores.weights import weights_of
 from kvserve_connector.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -87,13 +89,26 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._engine_id = engine.engine_id
         self._ranks = engine.ranks
         self._bootstrap: BootstrapServer | None = None
+        if config.store is not None and engine.ranks > 1:
+            logger.warning("the KV store is left alone: tensor-parallel workers can't share one yet")
+            config = replace(config, store=None)
+        if config.store is not None and transfer.kv_load_failure_policy != "recompute":
+            raise SpecError(
+                "kv_load_failure_policy",
+                'must be "recompute" with a KV store: what is evicted while it is read would fail its request',
+            )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(engine, **roles)
+            # vLLM takes bad blocks by their ids, which are only unique within a group
+            single = len(kv_cache_config.kv_cache_groups) == 1
+            self._scheduler = SchedulerHalf(engine, store=config.store if single else None, **roles)
         else:
             rank = get_tensor_model_parallel_rank() if engine.ranks > 1 else 0
-            self._worker = WorkerHalf(config.of_rank(rank), engine, rank=rank, **roles)
+            weights = _weights(config, vllm_config)
+            self._worker = WorkerHalf(
+                config.of_rank(rank), engine, rank=rank, weights=weights, **roles
+            )
 
     # The scheduler's half.
 
@@ -119,7 +134,7 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Offer the whole prompt where a prefill elsewhere holds it; always asynchronously."""
+        """Offer the whole prompt where a prefill elsewhere holds it, or what a KV store has; always asynchronously."""
         return self._half_of_scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -134,7 +149,10 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._half_of_scheduler.take_step()
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """Take note of fetches that ended."""
+        """Take note of fetches that ended, and of what the worker half says."""
+        news = connector_output.kv_connector_worker_meta
+        if isinstance(news, WorkerNews):
+            self._half_of_scheduler.heard(news.store)
         self._half_of_scheduler.received(set(connector_output.finished_recving or ()))
 
     def request_finished(
@@ -161,7 +179,7 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._half_of_worker.address
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Let go of blocks that are no longer a prefill's, before anyone writes into them."""
+        """Let go of blocks that are no longer a request's, before anyone writes into them."""
         if isinstance(kv_connector_metadata, StepMetadata):
             self._half_of_worker.let_go(kv_connector_metadata)
 
@@ -194,6 +212,15 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return which requests were sent, were received, or must be recomputed."""
         return self._half_of_worker.results()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the blocks of received requests whose tokens must be computed."""
+        return self._half_of_worker.take_invalid()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Return what the KV store answered since the last step."""
+        news = self._half_of_worker.take_news()
+        return None if news is None else WorkerNews(store=news)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Return what the worker counted since the last step."""
@@ -260,6 +287,13 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _half_of_worker(self) -> WorkerHalf:
         assert self._worker is not None
         return self._worker
+
+
+def _weights(config: ConnectorConfig, vllm_config: "VllmConfig") -> str:
+    """Return the name of the weights; empty without a store that needs it."""
+    if config.store is None:
+        return ""
+    return config.store.weights or weights_of(vllm_config)
 
 
 def _join_log() -> None:

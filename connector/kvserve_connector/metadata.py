@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
 from kvserve_connector.handover import Lease, Load, Prefill, Progress
 from kvserve_connector.remote import Remote
+from kvserve_connector.stores.messages import StoreNews, StoreStep
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +28,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
         releases: Prefills elsewhere that nobody will fetch.
         cancelled: Fetches to stop, because their request was aborted.
         unserved: Prefills for a consumer that can't be served here.
+        store: What concerns the KV store; None without one.
     """
 
     prefills: list[Prefill] = field(default_factory=list)
@@ -38,6 +41,22 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     releases: list[Remote] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     unserved: int = 0
+    store: StoreStep | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerNews(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What the worker half tells the scheduler half after a step; there is one worker."""
+
+    store: StoreNews
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerNews":
+        """Refuse a second worker.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a KV store is used with one worker only")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """What the connector counts, over OpenTelemetry and as plain totals for vLLM's own pages."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from opentelemetry import metrics
@@ -12,14 +12,19 @@ from kvserve_api.selection import Selection
 from kvserve_api.telemetry import (
     ATTR_BOUND,
     ATTR_DIRECTION,
+    ATTR_OUTCOME,
     ATTR_PROFILE,
     ATTR_REASON,
     ATTR_STAGE,
+    ATTR_VERB,
     CACHE_OPAQUE,
     CONTROL_FAILURES,
     LEASES,
     REPORTS_DROPPED,
     SELECTIONS,
+    STORE_DECISIONS,
+    STORE_OPERATIONS,
+    STORE_TOKENS,
     TABLE_AGE,
     TRANSFER_FAILURES,
     TRANSFER_NATIVE_BYTES,
@@ -42,11 +47,14 @@ ROW: Final = (
 
 Data = dict[str, dict[str, Any]]
 """Totals as plain JSON: ``{"rows": {"direction profile": [as ROW]}, "failures": {"direction reason": count},
-"leases": {how it ended: count}, "opaque": {why: 1}}``."""
+"leases": {how it ended: count}, "opaque": {why: 1}, "operations": {"get Hit": count},
+"tokens": {what became of them: count}, "decisions": {"fetch why": count}}``."""
+COUNTS: Final = ("failures", "leases", "opaque", "operations", "tokens", "decisions")
+"""What is counted beside the rows."""
 
 
 def add_count(data: Data, kind: str, key: str, count: int = 1) -> None:
-    """Add to the failures or the leases of totals."""
+    """Add to one of the counts of totals."""
     counts = data.setdefault(kind, {})
     counts[key] = counts.get(key, 0) + count
 
@@ -74,6 +82,9 @@ class Metrics:
         self._leases = counter(meter, LEASES)
         self._control = counter(meter, CONTROL_FAILURES)
         self._dropped = counter(meter, REPORTS_DROPPED)
+        self._operations = counter(meter, STORE_OPERATIONS)
+        self._tokens = counter(meter, STORE_TOKENS)
+        self._decisions = counter(meter, STORE_DECISIONS)
         self._lock = threading.Lock()
         self._totals: Data = {}
         self._opaque = ""
@@ -151,6 +162,49 @@ class Metrics:
     def reports_dropped(self, count: int) -> None:
         """Count transfer reports that found no room in their queue."""
         self._dropped.add(count)
+
+    def store_operations(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Count what was asked of the KV store, by operation and how it ended."""
+        for (operation, outcome), count in counts.items():
+            self._operations.add(count, {ATTR_VERB: operation, ATTR_OUTCOME: outcome})
+            with self._lock:
+                add_count(self._totals, "operations", f"{operation} {outcome}", count)
+
+    def store_tokens(self, outcome: str, count: int) -> None:
+        """Count prompt tokens by what became of them."""
+        if count:
+            self._tokens.add(count, {ATTR_OUTCOME: outcome})
+            with self._lock:
+                add_count(self._totals, "tokens", outcome, count)
+
+    def store_decided(self, fetch: bool, why: str) -> None:
+        """Count a prefix that was found, by what is done."""
+        action = "fetch" if fetch else "recompute"
+        self._decisions.add(1, {ATTR_OUTCOME: action, ATTR_REASON: why})
+        with self._lock:
+            add_count(self._totals, "decisions", f"{action} {why}")
+
+    def stored(
+        self,
+        direction: str,
+        profiles: Mapping[str, tuple[int, int]],
+        stages_s: Mapping[str, float],
+        failure: str,
+    ) -> None:
+        """Count a prefix that was fetched from the KV store or saved in it, as far as that came.
+
+        Args:
+            direction: ``load`` or ``save``.
+            profiles: For each profile native and stored bytes.
+            stages_s: Seconds of each stage; they are split by native bytes.
+            failure: Empty, or why the rest did not come about.
+        """
+        total = sum(native_bytes for native_bytes, _ in profiles.values())
+        for profile, (native_bytes, wire_bytes) in profiles.items():
+            parts_s = {name: value * native_bytes / total for name, value in stages_s.items()}
+            self._count(direction, profile, native_bytes, wire_bytes, parts_s)
+        if failure:
+            self.failed(direction, failure)
 
     def _count(
         self,

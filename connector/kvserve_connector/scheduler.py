@@ -16,6 +16,9 @@ from kvserve_connector.engine import Engine
 from kvserve_connector.handover import Lease, Load, Prefill, Progress, prompt_digest
 from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.remote import MAX_ID, TRANSFER_KEY, Remote
+from kvserve_connector.stores.config import StoreConfig
+from kvserve_connector.stores.messages import Prompt, StoreNews
+from kvserve_connector.stores.requests import StoreRequests, pack_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -34,6 +37,7 @@ class SchedulerHalf:
         engine: The engine's facts.
         is_producer: This engine prefills for others.
         is_consumer: This engine fetches the KV of others.
+        store: The KV store that it asks; None to have none.
         now_s: Wall clock, the same that vLLM stamps arrivals with.
     """
 
@@ -43,6 +47,7 @@ class SchedulerHalf:
         *,
         is_producer: bool,
         is_consumer: bool,
+        store: StoreConfig | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
@@ -55,6 +60,10 @@ class SchedulerHalf:
         self._loading: set[str] = set()
         self._prefilling: dict[str, Request] = {}
         self._computed: dict[str, int] = {}
+        self._store: StoreRequests | None = None
+        if store is not None and engine.layout is not None:
+            saves = store.save and is_producer
+            self._store = StoreRequests(store, saves=saves, prompt=_prompt)
 
     def set_addresses(self, addresses: Sequence[ServerAddress]) -> None:
         """Take note of where the transfer servers of the workers listen, in order of their ranks."""
@@ -63,6 +72,8 @@ class SchedulerHalf:
 
     def arrived(self, request: "Request") -> None:
         """Announce a prefill for a consumer, and leave to it what it must compute itself; or announce a consumer."""
+        if self._store is not None:
+            self._store.arrived(request)
         if (remote := self._remote(request)) is not None:
             self._step.wanted.append(remote)
         params = request.kv_transfer_params
@@ -84,6 +95,8 @@ class SchedulerHalf:
 
     def scheduled(self, output: "SchedulerOutput") -> None:
         """Tell how far each prefill for a consumer will be after the step that was scheduled."""
+        if self._store is not None:
+            self._store.scheduled(output)
         if not self._prefilling:
             return
         blocks = output.kv_connector_block_state
@@ -125,17 +138,28 @@ class SchedulerHalf:
         request.num_prompt_tokens -= held_back
         request.max_tokens = 1
 
-    def matched_tokens(self, request: "Request", computed: int) -> tuple[int, bool]:
-        """Return how many tokens beyond the computed ones can be fetched, and whether asynchronously."""
+    def matched_tokens(self, request: "Request", computed: int) -> tuple[int | None, bool]:
+        """Return how many tokens beyond the computed ones can be fetched, and whether asynchronously.
+
+        It is not known (None) while the store is being asked.
+        """
         remote = self._remote(request)
         if remote is None or not self._fits(request, remote):
-            return 0, False
+            stored = 0 if self._store is None else self._store.matched_tokens(request, computed)
+            return stored, bool(stored)
         wanted = self._fetchable(request) - computed
         return (wanted, True) if wanted > 0 else (0, False)
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """Start the fetch that `matched_tokens` offered, now that the blocks are there."""
         remote = self._remote(request)
+        if self._store is not None and (remote is None or not self._fits(request, remote)):
+            if external:
+                self._loading.add(request.request_id)
+            self._store.allocated(request, blocks.get_block_ids()[0], external)
+            external = 0
+        elif self._store is not None:
+            self._store.foreign(request)
         if remote is None:
             return
         # the hand-over happens once, whatever becomes of it
@@ -169,7 +193,8 @@ class SchedulerHalf:
         kept, answer = self._end(request, block_ids)
         if announced and not kept:
             self._step.stopped.append(request.request_id)
-        return kept, answer
+        read = self._store is not None and self._store.finished(request)
+        return kept or read, answer
 
     def _end(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -199,9 +224,16 @@ class SchedulerHalf:
         """Take note of fetches that ended, well or badly."""
         self._loading -= request_ids
 
+    def heard(self, news: StoreNews) -> None:
+        """Take note of what the worker half says of the store."""
+        if self._store is not None:
+            self._store.heard(news)
+
     def take_step(self) -> StepMetadata:
         """Return the news since the last call."""
         step, self._step = self._step, StepMetadata()
+        if self._store is not None:
+            step.store = self._store.take_step()
         return step
 
     def _held(self, block_ids: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -292,13 +324,39 @@ def _transfer_id(params: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and 0 < len(name) <= MAX_ID else None
 
 
-def _digest(request: "Request", tokens: int) -> str:
-    """Return the identity of a prompt's first tokens, with everything besides them that their KV depends on."""
-    assert request.prompt_token_ids is not None
+def _extras(request: "Request") -> list[str]:
+    """Return everything besides its tokens that a prompt's KV depends on."""
     extras = [feature.identifier for feature in request.mm_features or ()]
     if request.lora_request is not None:
         extras.append(request.lora_request.lora_name)
-    return prompt_digest(request.prompt_token_ids[:tokens], extras)
+    return extras
+
+
+def _digest(request: "Request", tokens: int) -> str:
+    """Return the identity of a prompt's first tokens, with everything besides them that their KV depends on."""
+    assert request.prompt_token_ids is not None
+    return prompt_digest(request.prompt_token_ids[:tokens], _extras(request))
+
+
+def _prompt(request: "Request") -> Prompt | None:
+    """Return a request's prompt as a store knows it; None if it has no identity.
+
+    What a store holds outlives engines, so an adapter is also told by its path; and a salt keeps tenants apart.
+    """
+    if not _transferable(request):
+        return None
+    extras = _extras(request)
+    if request.lora_request is not None:
+        extras.append(request.lora_request.lora_path)
+    if request.cache_salt:
+        extras.append(f"salt {request.cache_salt}")
+    return Prompt(
+        request_id=request.request_id,
+        tokens=pack_tokens(request.prompt_token_ids),
+        extras=tuple(extras),
+        workload=_workload(request),
+        traceparent=tracing.request_header(request.trace_headers),
+    )
 
 
 def _workload(request: "Request") -> str:

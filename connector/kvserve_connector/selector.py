@@ -153,6 +153,11 @@ class Selector:
         return None if ready is None else ready.table
 
     @property
+    def ready(self) -> ReadyTable | None:
+        """The table in force, with what it needs."""
+        return self._ready
+
+    @property
     def age_s(self) -> float:
         """Seconds since the controller was last heard of; 0 without a table."""
         return 0.0 if self._ready is None else self._now_s() - self._heard_s

@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvserve_connector.metrics import ROW, Data, add_count, add_row
+from kvserve_connector.metrics import COUNTS, ROW, Data, add_count, add_row
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
         """Add another interval, or another worker."""
         for key, row in other.data.get("rows", {}).items():
             add_row(self.data, key, row)
-        for kind in ("failures", "leases", "opaque"):
+        for kind in COUNTS:
             for key, count in other.data.get(kind, {}).items():
                 add_count(self.data, kind, key, count)
         return self
@@ -44,6 +44,10 @@ class Stats(KVConnectorStats):  # type: ignore[misc]
             line[f"{key} avg s"] = round(values["total_s"] / max(values["transfers"], 1), 4)
         for key, count in sorted(self.data.get("failures", {}).items()):
             line[f"{key} failures"] = count
+        for key, count in sorted(self.data.get("tokens", {}).items()):
+            line[f"store {key} tokens"] = count
+        for key, count in sorted(self.data.get("decisions", {}).items()):
+            line[f"store {key}"] = count
         return line
 
 
@@ -77,6 +81,25 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             "Prefills whose blocks were kept for a consumer, by how that ended.",
             "reason",
         )
+        self._store = {
+            "operations": self._counter(
+                "vllm:kvserve_store_operations",
+                "Operations of the KV store, by how they ended.",
+                "operation",
+                "outcome",
+            ),
+            "tokens": self._counter(
+                "vllm:kvserve_store_tokens",
+                "Prompt tokens looked for in the KV store (asked), found, loaded from it, saved in it.",
+                "outcome",
+            ),
+            "decisions": self._counter(
+                "vllm:kvserve_store_decisions",
+                "Prefixes found in the KV store, by whether they were fetched or computed, and why.",
+                "action",
+                "reason",
+            ),
+        }
         self._opaque = self._gauge_cls(
             name="vllm:kvserve_opaque_cache",
             documentation="1 where the KV cache is carried as whole blocks, raw or lossless, or not at all.",
@@ -93,6 +116,9 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._failures.labels(*engine, *key.split(" ", 1)).inc(count)
         for reason, count in transfer_stats_data.get("leases", {}).items():
             self._leases.labels(*engine, reason).inc(count)
+        for kind, counts in self._store.items():
+            for key, count in transfer_stats_data.get(kind, {}).items():
+                counts.labels(*engine, *key.split(" ", 1)).inc(count)
         for reason in transfer_stats_data.get("opaque", {}):
             self._opaque.labels(*engine, reason).set(1)
 

@@ -32,6 +32,11 @@ def parent(header: str | None) -> context.Context:
     return _PROPAGATOR.extract(carrier, context=context.Context())
 
 
+def request_header(headers: Mapping[str, str] | None) -> str | None:
+    """Return the W3C header that a client sent with its request; None if it sent none."""
+    return (headers or {}).get(_HEADER)
+
+
 def prefill_span(
     headers: Mapping[str, str] | None, start_s: float, end_s: float, tokens: int
 ) -> Span:
@@ -45,7 +50,7 @@ def prefill_span(
     """
     span = tracer().start_span(
         SPAN_PREFILL,
-        context=parent((headers or {}).get(_HEADER)),
+        context=parent(request_header(headers)),
         start_time=int(start_s * 1e9),
         attributes={ATTR_TOKENS: tokens},
     )

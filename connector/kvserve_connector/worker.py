@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,6 +33,8 @@ from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
 from kvserve_connector.threads import name_thread
+from kvserve_connector.stores.messages import StoreNews
+from kvserve_connector.stores.worker import ClosedStore, StoreWorker
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class WorkerHalf:
         is_producer: This engine prefills for others.
         is_consumer: This engine fetches the KV of others.
         rank: Which of the engine's tensor-parallel workers this is.
+        weights: Name of the weights that are served, for the KV store.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class WorkerHalf:
         is_producer: bool,
         is_consumer: bool,
         rank: int = 0,
+        weights: str = "",
     ) -> None:
         self._config = config
         self._rank = rank
@@ -111,6 +116,10 @@ class WorkerHalf:
         self._layers: dict[str, int] = {}
         self._progress: list[Progress] = []
         self._written_layers = 0
+        self._weights = weights
+        self._store: StoreWorker | ClosedStore = ClosedStore()
+        self._invalid: set[int] = set()
+        self._holders: Counter[str] = Counter()
 
     def open(
         self, kv_caches: Mapping[str, torch.Tensor], attention_layers: Mapping[str, Any]
@@ -180,6 +189,17 @@ class WorkerHalf:
                 self._coders,
                 self._done,
             )
+        if self._config.store is not None and cache.form.opaque is None:
+            self._store = StoreWorker(
+                self._config.store,
+                self._weights,
+                cache,
+                self._coder,
+                self._coders,
+                self._selector,
+                self._bundles,
+                self._metrics,
+            )
 
     @property
     def address(self) -> ServerAddress | None:
@@ -189,7 +209,9 @@ class WorkerHalf:
         return ServerAddress(host=self._config.advertise_host, port=self._server.port)
 
     def let_go(self, step: StepMetadata) -> None:
-        """Take note of prefills that came, lost their blocks or ended; before the step writes anything."""
+        """Take note of prefills that came, and let go of blocks that were lost; before the step writes anything."""
+        if step.store is not None:
+            self._store.drop(step.store)
         for prefill in step.prefills:
             self._leases.begin(prefill)
         for request_id in step.preempted:
@@ -219,7 +241,11 @@ class WorkerHalf:
         if self._form is not None and self._form.opaque is None:
             self._progress = step.progress
         self._written_layers = 0
+        if step.store is not None:
+            self._holders.update(step.store.kept)
+            self._store.take(step.store)
         for lease in step.leases:
+            self._holders[lease.request_id] += 1
             self._leases.add(lease)
         for _ in range(step.unserved):
             self._metrics.failed("send", UnsupportedError.reason)
@@ -245,14 +271,29 @@ class WorkerHalf:
 
     def results(self) -> KVConnectorTransferResults:
         """Return what ended since the last call."""
-        sent, counts = self._leases.take_ended()
+        ended, counts = self._leases.take_ended()
         self._metrics.leases_ended(counts)
+        saved, loaded, self._invalid = self._store.take_results()
+        # a lease and a save may hold the same blocks
+        self._holders.subtract([*ended, *saved])
+        sent = {each for each in ended | saved if self._holders[each] <= 0}
+        for request_id in sent:
+            del self._holders[request_id]
         with self._lock:
-            received, self._received = self._received, set()
+            received, self._received = self._received | loaded, set()
             failed, self._failed = self._failed, set()
         return KVConnectorTransferResults(
             finished_sending=sent, finished_recving=received, failed_recving=failed
         )
+
+    def take_invalid(self) -> set[int]:
+        """Return the blocks of requests in the last results that must be computed."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def take_news(self) -> StoreNews | None:
+        """Return what the KV store answered since the last call."""
+        return self._store.take_news()
 
     def take_totals(self) -> Data:
         """Return what was counted since the last call."""
@@ -265,6 +306,7 @@ class WorkerHalf:
             self._server.close()
         if self._client is not None:
             self._client.close()
+        self._store.close()
         self._coders.shutdown(wait=False, cancel_futures=True)
 
     def _mine(self, remote: Remote) -> list[Remote]:

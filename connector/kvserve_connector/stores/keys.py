@@ -18,6 +18,10 @@ from kvserve_connector.form import Form
 from kvserve_strategies import Pipeline
 
 VERSION: Final = "kv1"
+CHUNK_TOKENS: Final = 256
+"""Tokens of a chunk: long enough for coders with tables in each blob."""
+STEP_TOKENS: Final = 16
+"""Prompts are compared in steps of so many tokens."""
 _HASH_BYTES: Final = 16
 
 
@@ -46,7 +50,7 @@ class ChunkKey:
 
     Attributes:
         space: See `space_of`.
-        prefix: See `prefix_hashes`.
+        prefix: The name of the prompt up to its end, see `Names`.
         rate: How it is coded.
         layers: Which layers it holds.
     """
@@ -108,28 +112,63 @@ def space_of(form: Form, weights: str, chunk_tokens: int) -> str:
     )
 
 
-def prefix_hashes(
-    token_ids: Sequence[int], chunk_tokens: int, extras: Iterable[str] = ()
-) -> tuple[str, ...]:
-    """Return the name of every whole chunk of a prompt, from its start on.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Names:
+    """What the parts of one prompt are called.
+
+    Attributes:
+        root: The name of nothing yet, which adapters and salts decide.
+        marks: The names of its first 16, 32, … tokens. Those at a chunk's end are the names of chunks.
+        chunk_marks: Marks of a chunk.
+    """
+
+    root: str
+    marks: tuple[str, ...]
+    chunk_marks: int
+
+    @property
+    def chunks(self) -> tuple[str, ...]:
+        """The names of the whole chunks."""
+        return self.marks[self.chunk_marks - 1 :: self.chunk_marks]
+
+    def parent(self, chunk: int) -> str:
+        """Return the name of what lies before a chunk."""
+        return self.chunks[chunk - 1] if chunk else self.root
+
+    def marks_of(self, chunk: int) -> tuple[str, ...]:
+        """Return the marks inside a chunk, which may be the prompt's last and not whole."""
+        return self.marks[chunk * self.chunk_marks : (chunk + 1) * self.chunk_marks]
+
+
+def names_of(
+    token_ids: Sequence[int],
+    chunk_tokens: int,
+    extras: Iterable[str] = (),
+    step: int = STEP_TOKENS,
+) -> Names:
+    """Name the parts of a prompt.
 
     Args:
         token_ids: The prompt.
-        chunk_tokens: Tokens of a chunk.
+        chunk_tokens: Tokens of a chunk, a multiple of ``step``.
         extras: What else decides the KV: adapter names, hashes of images, in order.
+        step: Tokens between two marks.
     """
     state = hashlib.blake2b(digest_size=_HASH_BYTES)
     for extra in extras:
         word = extra.encode()
         state.update(len(word).to_bytes(8, "little") + word)
+    root = state.digest()
     tokens = np.asarray(token_ids, dtype=np.int64)
-    hashes: list[str] = []
-    previous = state.digest()
-    for start in range(0, len(tokens) - chunk_tokens + 1, chunk_tokens):
-        chunk = tokens[start : start + chunk_tokens].tobytes()
-        previous = hashlib.blake2b(previous + chunk, digest_size=_HASH_BYTES).digest()
-        hashes.append(previous.hex())
-    return tuple(hashes)
+    marks: list[str] = []
+    state = hashlib.blake2b(root, digest_size=_HASH_BYTES)
+    for stop in range(step, len(tokens) + 1, step):
+        state.update(tokens[stop - step : stop].tobytes())
+        mark = state.digest()
+        marks.append(mark.hex())
+        if stop % chunk_tokens == 0:
+            state = hashlib.blake2b(mark, digest_size=_HASH_BYTES)
+    return Names(root=root.hex(), marks=tuple(marks), chunk_marks=chunk_tokens // step)
 
 
 def layer_groups(layers: int, most: int, multiple: int = 1) -> tuple[range, ...]:
@@ -142,6 +181,11 @@ def layer_groups(layers: int, most: int, multiple: int = 1) -> tuple[range, ...]
     """
     step = max(multiple, most // multiple * multiple)
     return tuple(range(at, min(at + step, layers)) for at in range(0, layers, step))
+
+
+def index_path(space: str, parent: str) -> str:
+    """Return the key of the list of what was stored behind a chunk; see `kvserve_connector.stores.index`."""
+    return "/".join((VERSION, space, parent, "next"))
 
 
 def keys_of(

@@ -14,7 +14,7 @@ from kvserve_connector.stores.keys import (
     find,
     keys_of,
     layer_groups,
-    prefix_hashes,
+    names_of,
     space_of,
 )
 from kvserve_strategies import PRESETS, Pipeline
@@ -32,17 +32,26 @@ GROUPS = {rate: layer_groups(7, 5) for rate in (RAW, LOSSLESS, FINE, COARSE)}
     other=st.lists(st.integers(0, 10), max_size=30),
 )
 def test_names_agree_as_far_as_prompts_do(tokens: list[int], other: list[int]) -> None:
-    """Two prompts share exactly the names of the whole chunks with which both begin."""
-    ours, theirs = prefix_hashes(tokens, 4), prefix_hashes(other, 4)
-    assert len(ours) == len(tokens) // 4
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
-        assert (a == b) == (tokens[: 4 * number] == other[: 4 * number])
+    """Two prompts share exactly the names of the steps with which both begin; those at a chunk's end are chunks'."""
+    ours, theirs = names_of(tokens, 4, step=2), names_of(other, 4, step=2)
+    assert len(ours.marks) == len(tokens) // 2
+    assert len(set(ours.marks)) == len(ours.marks)
+    for number, (a, b) in enumerate(zip(ours.marks, theirs.marks, strict=False), start=1):
+        assert (a == b) == (tokens[: 2 * number] == other[: 2 * number])
+    assert ours.chunks == ours.marks[1::2] == names_of(tokens, 4, step=4).marks
+    inside = [ours.marks_of(chunk) for chunk in range(len(ours.chunks) + 1)]
+    assert [mark for marks in inside for mark in marks] == list(ours.marks)
+    assert [ours.parent(chunk) for chunk in range(len(ours.chunks) + 1)] == [
+        ours.root,
+        *ours.chunks,
+    ]
 
 
 def test_names_depend_on_all_that_decides_the_kv() -> None:
     """An adapter, an image or another order of them leads to other names, and so do parts joined otherwise."""
     extras = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",)]
-    assert len({prefix_hashes(range(8), 4, each) for each in extras}) == len(extras)
+    named = [names_of(range(8), 4, each, step=2) for each in extras]
+    assert len({names.marks for names in named}) == len({n.root for n in named}) == len(extras)
 
 
 def test_a_space_is_of_one_model() -> None:
@@ -69,7 +78,7 @@ def test_families_hold_several_rates() -> None:
 
 def test_paths_fit_every_store() -> None:
     """A key's path is short, and of harmless characters."""
-    (first, last) = keys_of(SPACE, prefix_hashes(range(4), 4)[0], [FINE], GROUPS[FINE])
+    (first, last) = keys_of(SPACE, names_of(range(4), 4, step=4).chunks[0], [FINE], GROUPS[FINE])
     assert first.path.endswith("/0-5")
     assert last.path.endswith("/5-7")
     assert len(first.path) < 200
@@ -90,7 +99,7 @@ def test_layer_groups(layers: int, most: int, multiple: int, groups: list[tuple[
     assert [(g.start, g.stop) for g in layer_groups(layers, most, multiple)] == groups
 
 
-PREFIXES = prefix_hashes(range(12), 4)
+PREFIXES = names_of(range(12), 4, step=4).chunks
 
 
 def paths(*held: tuple[int, Rate]) -> set[str]:
