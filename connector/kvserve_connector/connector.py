@@ -8,6 +8,7 @@ half.
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,9 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._ranks = engine.ranks
         self._bootstrap: BootstrapServer | None = None
         if config.store is not None and engine.ranks > 1:
-            logger.warning("the KV store is left alone: tensor-parallel workers can't share one yet")
+            logger.warning(
+                "the KV store is left alone: tensor-parallel workers can't share one yet"
+            )
             config = replace(config, store=None)
         if config.store is not None and transfer.kv_load_failure_policy != "recompute":
             raise SpecError(

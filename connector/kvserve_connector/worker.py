@@ -32,9 +32,9 @@ from kvserve_connector.metrics import Data, Metrics
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
-from kvserve_connector.threads import name_thread
 from kvserve_connector.stores.messages import StoreNews
 from kvserve_connector.stores.worker import ClosedStore, StoreWorker
+from kvserve_connector.threads import name_thread
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
