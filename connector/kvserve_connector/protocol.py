@@ -214,7 +214,7 @@ class Pull:
                 stages=frozenset(map(_stage, fields.items("stages", max_items=MAX_STAGES))),
                 bundles=frozenset(map(_bundle, fields.items("bundles", [], max_items=MAX_BUNDLES))),
                 blocks=fields.string("blocks", "", max_length=80),
-                budget_s=fields.number("budget_s", minimum=0, maximum=3600),
+                budget_s=fields.number("budget_s", minimum=0, maximum=7200),
                 traceparent=fields.string("traceparent", None, max_length=128),
                 transfer=fields.boolean("transfer", False),
                 rank=fields.integer("rank", 0, minimum=0, maximum=MAX_RANKS - 1),

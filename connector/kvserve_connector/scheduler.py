@@ -59,7 +59,7 @@ class SchedulerHalf:
         self._step = StepMetadata()
         self._loading: set[str] = set()
         self._prefilling: dict[str, Request] = {}
-        self._computed: dict[str, int] = {}
+        self._followed: dict[str, Progress] = {}
         self._store: StoreRequests | None = None
         if store is not None and engine.layout is not None:
             saves = store.save and is_producer
@@ -97,32 +97,31 @@ class SchedulerHalf:
         """Tell how far each prefill for a consumer will be after the step that was scheduled."""
         if self._store is not None:
             self._store.scheduled(output)
-        if not self._prefilling:
-            return
         blocks = output.kv_connector_block_state
+        if not self._prefilling or blocks is None:
+            return
         for request_id in output.preempted_req_ids or ():
-            if self._computed.pop(request_id, 0):
+            if self._followed.pop(request_id, None) is not None:
                 self._step.preempted.append(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             request = self._prefilling.get(request_id)
-            if request is None or blocks is None:
+            block_ids = None if request is None else blocks.get_block_ids(request_id)
+            if request is None or block_ids is None:
                 continue
-            known = self._computed.get(request_id, 0)
-            if min(request.num_computed_tokens, request.num_prompt_tokens) < known:
-                # what was computed turned out to be of no use
-                self._step.preempted.append(request_id)
-            elif known == request.num_prompt_tokens:
-                continue
-            tokens = min(request.num_computed_tokens + count, request.num_prompt_tokens)
-            block_ids = blocks.get_block_ids(request_id)
-            if block_ids is None:
-                continue
-            self._computed[request_id] = tokens
-            self._step.progress.append(
-                Progress(
-                    request_id=request_id, block_ids=self._held(block_ids, tokens), tokens=tokens
-                )
-            )
+            total = request.num_prompt_tokens
+            tokens = min(request.num_computed_tokens + count, total)
+            held = self._held(block_ids, tokens)
+            known = self._followed.get(request_id)
+            if known is not None:
+                if _continues(known, min(request.num_computed_tokens, total), held):
+                    if known.tokens == total:
+                        continue
+                else:
+                    # what was computed turned out to be of no use, or lies elsewhere now
+                    self._step.preempted.append(request_id)
+            progress = Progress(request_id=request_id, block_ids=held, tokens=tokens)
+            self._followed[request_id] = progress
+            self._step.progress.append(progress)
 
     def _shorten(self, request: "Request", params: dict[str, Any]) -> None:
         """Take off a prompt's end what its consumer computes itself."""
@@ -188,7 +187,7 @@ class SchedulerHalf:
         if request.request_id in self._loading:
             self._loading.discard(request.request_id)
             self._step.cancelled.append(request.request_id)
-        self._computed.pop(request.request_id, None)
+        self._followed.pop(request.request_id, None)
         announced = self._prefilling.pop(request.request_id, None) is not None
         kept, answer = self._end(request, block_ids)
         if announced and not kept:
@@ -311,6 +310,13 @@ class SchedulerHalf:
             fetchable,
         )
         return False
+
+
+def _continues(known: Progress, computed: int, block_ids: tuple[tuple[int, ...], ...]) -> bool:
+    """Tell whether a prefill still has what it was known to have, in the same blocks."""
+    return computed >= known.tokens and all(
+        now[: len(before)] == before for before, now in zip(known.block_ids, block_ids, strict=True)
+    )
 
 
 def _transferable(request: "Request") -> bool:

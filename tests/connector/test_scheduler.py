@@ -336,6 +336,18 @@ def test_preempted_prefill_begins_anew() -> None:
         assert (progress.tokens, progress.block_ids) == (16, ((9,),))
 
 
+def test_blocks_that_moved_are_let_go() -> None:
+    """Where a request's blocks are others without a word of a preemption, the old ones are not read any more."""
+    half = make_half()
+    request = make_request(37, do_remote_decode=True)
+    half.arrived(request)
+    step(half, {"r1": 20}, {"r1": [5, 6]})
+    request.num_computed_tokens = 20
+    news = step(half, {"r1": 17}, {"r1": [5, 9, 7]})
+    assert news.preempted == ["r1"]
+    assert [progress.tokens for progress in news.progress] == [37]
+
+
 @pytest.mark.parametrize("computed", [0, 20])
 def test_aborted_prefill_is_stopped(computed: int) -> None:
     """A prefill that is aborted before or while it is computed is told as ended."""
