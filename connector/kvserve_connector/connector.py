@@ -12,34 +12,39 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
-    SupportsHMA,
-)
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-    KVConnectorPromMetrics,
-    KVConnectorStats,
-)
-from vllm.utils.network_utils import get_ip
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvserve_api import otel
 from kvserve_api.errors import SpecError
 from kvserve_connector.bootstrap import BootstrapServer, page
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.engine import inspect
-from kvserve_connector.metadata import ServerAddress, StepMetadata, WorkerNews
 from kvserve_connector.remote import engine_name
-from kvserve_connector.scheduler import SchedulerHalf
-from kvserve_connector.stats import PromMetrics, Stats
-from kvserve_connector.stores.weights import weights_of
-from kvserve_connector.worker import WorkerHalf
+from kvserve_connector.versions import doubts, needing_vllm, vllm_version
+
+# another vLLM may lack a name, and its own error would not say which has it
+with needing_vllm():
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorHandshakeMetadata,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorTransferResults,
+        KVConnectorWorkerMetadata,
+        SupportsHMA,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
+    from vllm.utils.network_utils import get_ip
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    from kvserve_connector.metadata import ServerAddress, StepMetadata, WorkerNews
+    from kvserve_connector.scheduler import SchedulerHalf
+    from kvserve_connector.stats import PromMetrics, Stats
+    from kvserve_connector.stores.weights import weights_of
+    from kvserve_connector.worker import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,6 +78,8 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _join_log()
+        if doubt := doubts(vllm_version() or ""):
+            logger.warning(doubt)
         transfer = self._kv_transfer_config
         config = ConnectorConfig.read(transfer.kv_connector_extra_config, os.environ, get_ip())
         engine = inspect(vllm_config, kv_cache_config)

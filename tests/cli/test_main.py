@@ -17,6 +17,7 @@ def test_help_lists_the_commands_of_every_part() -> None:
         "bench",
         "calibrate",
         "controller",
+        "doctor",
         "explain",
         "operator",
         "profile",

@@ -64,12 +64,14 @@ class ControllerProcess:
     Attributes:
         folder: Where its directories and its log are.
         fingerprint: Of the model that its profiles were measured on.
+        arguments: Further options.
     """
 
     folder: Path
     fingerprint: str
     port: int = field(default_factory=free_port)
     health_port: int = field(default_factory=free_port)
+    arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class ControllerProcess:
                     "--policies", str(self.folder / "policies"),
                     "--profiles", str(self.folder / "profiles"),
                     "--listen", f"127.0.0.1:{self.port}", "--health", f"127.0.0.1:{self.health_port}",
+                    *self.arguments,
                 ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
