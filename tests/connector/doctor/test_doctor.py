@@ -147,7 +147,7 @@ def test_a_stranger_is_told_so(
 def test_what_is_missing_fails(
     examine: Examine, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bundle that is not there, a store that is away, a late certificate and a silent peer fail, a collector warns."""
+    """A missing bundle, a store that is away, a late certificate and a silent peer fail, a collector warns."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     (tmp_path / "store").mkdir()
     late = members.with_tls("late", secret=True)

@@ -123,7 +123,7 @@ def test_a_models_cache_is_foreseen(change: dict[str, Any], level: Level, text: 
 
 
 def test_policies_are_judged_by_their_conditions() -> None:
-    """A policy that is served is fine with its table and profile; one that is not says its reason; one must be there."""
+    """A policy that is served is fine, with table and profile; one that is not says its reason; one must be there."""
     served = {
         "activeProfile": {"name": "int8", "version": "7.3"},
         "conditions": [{"type": "Programmed", "status": "True", "reason": "Acknowledged"}],
