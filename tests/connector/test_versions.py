@@ -28,6 +28,7 @@ def test_a_missing_name_of_vllm_is_an_error_that_says_which_has_it(
     assert not isinstance(caught.value, UnsupportedError)
 
 
+@pytest.mark.slow
 def test_the_connector_says_so_when_it_is_loaded() -> None:
     """Loaded where vLLM lacks what it needs, the connector's module ends with that error."""
     code = "import sys; sys.modules['vllm'] = None; import kvserve_connector.connector"
