@@ -9,7 +9,7 @@ WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(WORKERS) --dist loadfile
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push demo cluster-up cluster-down lock proto crds clean bench-profiler
+.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push bench-pd bench-store demo cluster-up cluster-down lock proto crds clean bench-profiler
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ bench-push: $(STAMP) ## Push tables to a thousand pods' streams: latency, memory
 
 bench-profiler: $(STAMP) ## Compare the profiling engine with other searches on the measured truth (says how long; QUICK=1: two minutes)
 	$(PY) benchmarks/profiler_search.py
+
+bench-pd: $(STAMP) ## Real prefill and decode engines over links of many rates; needs root (25 minutes; MINUTES=N; QUICK=1: two)
+	$(PY) benchmarks/pd_bench.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+bench-store: $(STAMP) ## Real engines with a KV store: first token against recomputing; needs root (five minutes; QUICK=1: two)
+	$(PY) benchmarks/store_bench.py $(if $(BUNDLE),--bundle $(BUNDLE))
 
 demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
 	$(PY) -m demo

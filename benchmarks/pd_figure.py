@@ -1,0 +1,143 @@
+"""The figures of ``make bench-pd`` and ``make bench-store``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from pd_load import course
+from pd_plan import ALONE, KVSERVE, KVSERVE_QUALITY, RAW, Moves
+from store_rows import RECOMPUTE, link_name
+
+COLOURS: Final = {
+    KVSERVE: "#1b6ca8",
+    KVSERVE_QUALITY: "#0b6e4f",
+    RAW: "#b5651d",
+    "cachegen": "#6a4c93",
+    "joint-3": "#8fb8d8",
+    "joint-3-fine": "#b7cde0",
+    "joint-10": "#5f8fb5",
+    "focus-3": "#e0a458",
+    "int8-token": "#b5b5b5",
+}
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Draw completion times over the link's rate, and the moving link request by request.
+
+    Args:
+        document: What the benchmark found.
+        path: Where to.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    _over_rates(left, document)
+    _moving(right, document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _over_rates(axes: Axes, document: Mapping[str, Any]) -> None:
+    rows = [row for row in document["runs"] if not row["moving"] and row["per_s"]]
+    # the unshaped link at the right end
+    rates = sorted({row["bandwidth_mbit"] or float("inf") for row in rows})
+    places = {rate: index for index, rate in enumerate(rates)}
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        of_policy = sorted(
+            (
+                places[row["bandwidth_mbit"] or float("inf")],
+                row["jct_s"]["p50"],
+                row["jct_s"]["p95"],
+            )
+            for row in rows
+            if row["policy"] == policy
+        )
+        wide = policy == KVSERVE
+        at, middle, high = zip(*of_policy, strict=True)
+        colour = COLOURS.get(policy, "#777777")
+        axes.plot(at, middle, marker="o", color=colour, lw=2.6 if wide else 1.3, label=policy)
+        axes.scatter(at, high, marker="_", color=colour, s=60)
+    axes.set_yscale("log")
+    axes.set_xticks(
+        range(len(rates)), [f"{r:.0f}" if r != float("inf") else "unshaped" for r in rates]
+    )
+    axes.set_xlabel("link, Mbit/s")
+    axes.set_ylabel("job completion time, s (line: median, dash: 95th percentile)")
+    axes.set_title("Two real engines, a core each, Poisson arrivals")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False)
+
+
+def _moving(axes: Axes, document: Mapping[str, Any]) -> None:
+    rows = [row for row in document["runs"] if row["moving"]]
+    if not rows:
+        axes.set_axis_off()
+        return
+    at_s = [at for at, _ in course(rows[0]["requests"], rows[0]["per_s"], rows[0]["seed"])]
+    for row in rows:
+        policy = row["policy"]
+        if policy == ALONE:
+            continue
+        points = [(a, j) for a, j in zip(at_s, row["jct_each_s"], strict=True) if j is not None]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=COLOURS.get(policy, "#777777"),
+            lw=2.6 if policy.startswith(KVSERVE) else 1.0,
+            label=f"{policy}: mean {row['jct_s']['mean']:.2f} s, {row['loss_bp']:.0f} bp",
+        )
+    moves = Moves()
+    for number in range(0, int(max(at_s) / moves.phase_s) + 1, 2):
+        axes.axvspan(
+            number * moves.phase_s, (number + 1) * moves.phase_s, color="#777777", alpha=0.1
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel(f"arrival, s (grey: {moves.slow_mbit:g} Mbit/s, else unshaped)")
+    axes.set_ylabel("job completion time, s")
+    axes.set_title("The same requests over a moving link")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+
+
+def draw_store(document: Mapping[str, Any], path: Path) -> None:
+    """Draw the figure of ``make bench-store``: time to the first token over the prefix, a panel for each link.
+
+    Args:
+        document: What the benchmark found.
+        path: Where to.
+    """
+    links = list(dict.fromkeys((r["store"], r["bandwidth_mbit"]) for r in document["runs"]))
+    figure, panels = plt.subplots(
+        1,
+        len(links),
+        figsize=(4.6 * len(links), 4.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (store, mbit), axes in zip(links, panels[0], strict=True):
+        rows = [r for r in document["runs"] if (r["store"], r["bandwidth_mbit"]) == (store, mbit)]
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            points = sorted(
+                (r["prefix_tokens"], r["ttft_s"]["p50"]) for r in rows if r["mode"] == mode
+            )
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                color=COLOURS.get(mode, "#333333"),
+                lw=2.6 if mode == KVSERVE else 1.3,
+                ls="--" if mode == RECOMPUTE else "-",
+                label=mode,
+            )
+        axes.set_title(f"{store}, {link_name(mbit)}")
+        axes.set_xlabel("tokens of the prefix")
+        axes.set_yscale("log")
+        axes.grid(True, which="both", alpha=0.2)
+    panels[0][0].set_ylabel("seconds to the first token, median")
+    panels[0][0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,316 @@
+"""The first token of a prompt whose prefix lies in a KV store, against computing it: ``make bench-store``.
+
+Two vLLM servers with SmolLM2-135M-Instruct, a core and a thread each, share a Redis behind links whose rate is set with
+htb (`pd_links`, needs root), or a folder of this machine. Prompts are real; of each the first 500, 1,000 or 2,000
+tokens are in the store, and a few new ones follow. Modes are
+
+* ``recompute``: nothing is there;
+* ``raw`` and fixed profiles: the store's values are coded with it, and always fetched;
+* ``kvserve``: the controller's table decides how they are coded, and the engine whether to fetch or to compute.
+
+It says how long it will take, prints a table, or JSON with ``--json``, writes ``build/bench/store.json`` and draws
+``docs/figures/store.png``. ``QUICK=1`` takes two minutes, besides the engines' start: fewer prefixes, rates and modes;
+it leaves the committed figure alone. Prompts and profiles are as in `pd_bench`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import redis
+from rich.console import Console
+
+import pd_links
+import pd_load
+import pd_profiles
+import pd_servers
+from kvserve_api.errors import KVServeError
+from kvserve_api.profile_set import NONE, ParetoSet
+from pd_claims import percentiles
+from pd_plan import START_S
+from pd_tables import claim_table, machine
+from store_rows import KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
+from testcluster.process import die_with_parent
+
+ROOT: Final = Path(__file__).parents[1]
+OUT: Final = ROOT / "build" / "bench"
+FIGURE: Final = ROOT / "docs" / "figures" / "store.png"
+DATA: Final = ROOT.parent / "shared" / "data"
+"""Beside the repository, not part of it; only benchmarks know of it."""
+SUFFIX_TOKENS: Final = 16
+"""New ones behind the prefix."""
+QUIET_S: Final = 0.6
+"""For so long nothing was stored: then a prefix is there."""
+MOST_WAIT_S: Final = 60.0
+PORT: Final = 6399
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        prefixes: In tokens.
+        rates_mbit: Of the link to the store; None unshaped.
+        modes: Besides `RECOMPUTE`.
+        repeats: How often each prefix is read.
+        texts: Different prefixes of a length.
+        seconds: About how long it takes.
+    """
+
+    prefixes: tuple[int, ...] = (500, 1000, 2000)
+    rates_mbit: tuple[float | None, ...] = (100.0, 1000.0, None)
+    modes: tuple[str, ...] = (RAW, "int8-token", "joint-3", "focus-3", KVSERVE)
+    repeats: int = 3
+    texts: int = 2
+    seconds: float = 240.0
+
+
+QUICK: Final = Size(
+    prefixes=(1000, 2000),
+    rates_mbit=(100.0, 1000.0),
+    modes=(RAW, "joint-3", KVSERVE),
+    repeats=2,
+    texts=1,
+    seconds=75.0,
+)
+
+
+class Bench:
+    """The engines and their store.
+
+    Args:
+        pair: One engine always fetches what is there, the other decides.
+        pareto: All profiles.
+        documents: Tokens of the texts that prompts are made of.
+        store: What tells how much it holds.
+        name: Of the kind of store.
+    """
+
+    def __init__(
+        self,
+        pair: pd_servers.Pair,
+        pareto: ParetoSet,
+        documents: Sequence[Sequence[int]],
+        store: "RedisServer",
+        name: str,
+    ) -> None:
+        self._pair = pair
+        self._pareto = pareto
+        self._front = pd_profiles.of_front(pareto, 1000 * pd_profiles.TOKEN_BYTES)
+        self._documents = documents
+        self._store = store
+        self._name = name
+        self._dice = random.Random(11)
+
+    def measure(self, size: Size) -> Iterator[Row]:
+        """Measure every mode: first store each prefix, then read it over each link."""
+        computed: dict[int, list[float]] = {prefix: [] for prefix in size.prefixes}
+        self._ask(self._pair.prefill.url, self._prompt(500))
+        self._ask(self._pair.decode.url, self._prompt(500))
+        for mode in size.modes:
+            self._use(mode)
+            url = (self._pair.decode if mode == KVSERVE else self._pair.prefill).url
+            stored: list[tuple[int, tuple[int, ...]]] = []
+            for prefix in size.prefixes:
+                for _ in range(size.texts):
+                    prompt = self._prompt(prefix)
+                    computed[prefix].append(self._ask(url, prompt))
+                    self._settle()
+                    stored.append((prefix, prompt))
+            for mbit in size.rates_mbit:
+                self._pair.link.shape_wires(mbit)
+                # the first fetch over a new link tells how fast it is
+                for _, prompt in stored[: size.texts]:
+                    self._ask(url, self._longer(prompt))
+                found: dict[int, list[float]] = {prefix: [] for prefix in size.prefixes}
+                for _ in range(size.repeats):
+                    for prefix, prompt in stored:
+                        found[prefix].append(self._ask(url, self._longer(prompt)))
+                for prefix, seconds in found.items():
+                    yield self._row(mbit, prefix, mode, seconds)
+            self._pair.link.shape_wires(None)
+        for mbit in size.rates_mbit:
+            for prefix, seconds in computed.items():
+                yield self._row(mbit, prefix, RECOMPUTE, seconds)
+
+    def _row(self, mbit: float | None, prefix: int, mode: str, seconds: Sequence[float]) -> Row:
+        return {
+            "store": self._name,
+            "bandwidth_mbit": mbit,
+            "prefix_tokens": prefix,
+            "mode": mode,
+            "requests": len(seconds),
+            "ttft_s": percentiles(seconds),
+        }
+
+    def _use(self, mode: str) -> None:
+        use = self._pair.controller.use
+        if mode == KVSERVE:
+            use(self._front)
+        else:
+            pinned = NONE if mode == RAW else mode
+            use(self._pareto, control={"mode": "Pinned", "pinnedProfile": pinned})
+
+    def _prompt(self, tokens: int) -> tuple[int, ...]:
+        """Return tokens of a text, from a place that no other prompt begins at."""
+        able = [document for document in self._documents if len(document) > tokens]
+        document = self._dice.choice(able)
+        start = self._dice.randrange(len(document) - tokens)
+        return tuple(document[start : start + tokens])
+
+    def _longer(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a prompt with new tokens behind it."""
+        return prompt + self._prompt(SUFFIX_TOKENS)
+
+    def _ask(self, url: str, prompt: tuple[int, ...]) -> float:
+        """Return the seconds to the first token."""
+
+        async def one() -> pd_load.Timing:
+            async with httpx.AsyncClient(timeout=pd_load.TIMEOUT_S) as client:
+                request = pd_load.Request(at_s=0.0, prompt=prompt)
+                route = pd_load.Route(prefill=url)
+                return await pd_load.send(client, request, route, max_tokens=1)
+
+        timing = asyncio.run(one())
+        if timing.error:
+            raise pd_servers.ServerError(f"a request failed: {timing.error}")
+        return timing.ttft_s
+
+    def _settle(self) -> None:
+        """Wait until nothing more is being stored."""
+        before, quiet_s = self._store.count(), time.monotonic()
+        deadline_s = quiet_s + MOST_WAIT_S
+        while time.monotonic() - quiet_s < QUIET_S:
+            time.sleep(0.1)
+            now = self._store.count()
+            if now != before:
+                before, quiet_s = now, time.monotonic()
+            if time.monotonic() > deadline_s:
+                raise pd_servers.ServerError("the store does not come to rest")
+
+
+class RedisServer:
+    """A Redis that keeps nothing on disk, on every address of this side."""
+
+    def __init__(self) -> None:
+        # Debian's redis-tools holds the server under another name: it looks at the name it is called by
+        program = shutil.which("redis-server") or shutil.which("redis-check-rdb")
+        if program is None:
+            raise pd_servers.ServerError("no Redis here: install redis-tools or redis-server")
+        self.process = subprocess.Popen(
+            ["redis-server", "--port", str(PORT), "--save", "", "--protected-mode", "no"],
+            executable=program,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
+        )
+        self._client = redis.Redis(port=PORT)
+
+    def count(self) -> int:
+        """Return how many values it holds; 0 before it answers."""
+        try:
+            return int(self._client.dbsize())
+        except redis.ConnectionError:
+            return 0
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def _store() -> Iterator[RedisServer]:
+    server = RedisServer()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
+    """Do all that ``make bench-store`` does, and return the document."""
+    start_s = time.perf_counter()
+    size = QUICK if quick else Size()
+    model = options.model or pd_profiles.model_folder()
+    pareto = pd_profiles.measured(model, options.bundle, options.cache)
+    documents = pd_load.tokens(pd_load.texts(options.texts), model)
+    _say(f"about {size.seconds / 60:.0f} min, and {START_S:.0f} s for the engines' start")
+    rows: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="kvserve-bench-") as folder,
+        pd_links.laid() as link,
+        _store() as store,
+    ):
+        roles = [
+            ("kv_both", {"store": {"url": f"redis://{end.here}:{PORT}/0", "recompute": decides}})
+            for end, decides in zip(link.ends, (False, True), strict=True)
+        ]
+        artifacts = pd_profiles.artifacts(options.cache)
+        with pd_servers.running(link, model, artifacts, Path(folder), roles) as pair:
+            for row in Bench(pair, pareto, documents, store, "redis").measure(size):
+                rows.append(row)
+                _say(
+                    f"{link_name(row['bandwidth_mbit']):>12} {row['prefix_tokens']:5} {row['mode']:<12}"
+                    f" TTFT {row['ttft_s']['p50']:.3f}  [{time.perf_counter() - start_s:.0f} s]"
+                )
+    return {
+        "runs": rows,
+        "vs_recompute": vs_recompute(rows),
+        "claims": claims(rows),
+        "machine": machine(),
+        "quick": quick,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Measure, print, draw and write; 1 if a claim does not hold or nothing could be measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--model", type=Path, help="model folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--bundle", type=Path, help="calibration bundle; by default made once")
+    parser.add_argument("--texts", type=Path, default=DATA, help="folder with the texts of prompts")
+    parser.add_argument("--cache", type=Path, default=OUT / "pd", help="where profiles are kept")
+    options = parser.parse_args()
+    quick = os.environ.get("QUICK", "") not in ("", "0")
+    # so that a terminated run takes its engines and namespaces down, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        document = measure(options, quick=quick)
+    except (KVServeError, pd_links.LinkError, pd_servers.ServerError, OSError) as error:
+        print(f"store_bench: {error}", file=sys.stderr)
+        return 1
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "store.json").write_text(json.dumps(document, indent=2) + "\n")
+    from pd_figure import draw_store  # matplotlib is slow to import
+
+    draw_store(document, OUT / "store-quick.png" if quick else FIGURE)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        console = Console(width=150)
+        for drawn in (table(document), claim_table(document)):
+            console.print(drawn)
+    return 0 if all(claim["holds"] for claim in document["claims"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
