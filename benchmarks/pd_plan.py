@@ -153,11 +153,12 @@ def _conditions(speeds: Speeds, requests: int, *, quick: bool) -> tuple[Conditio
         )
     overlap = replace(one_by_one, name=OVERLAP, mbit=100.0, policies=(HIDING + LATE, HIDING))
     rates = (replace(base, name=f"{mbit} Mbit/s", mbit=float(mbit)) for mbit in RATES_MBIT)
+    # what the claims need comes first: a run that takes longer than was thought is cut at its end
     return (
         one_by_one,
-        overlap,
         regime,
-        *rates,
+        replace(moving, requests=3 * requests, policies=(*OURS, RAW, *STATICS)),
+        overlap,
         replace(base, name="unshaped", policies=(RAW, "joint-3", KVSERVE)),
-        replace(moving, requests=3 * requests, policies=(RAW, *STATICS, *OURS)),
+        *rates,
     )
