@@ -129,8 +129,9 @@ class Bench:
             for prefix in size.prefixes:
                 for _ in range(size.texts):
                     prompt = self._prompt(prefix)
+                    before = self._store.count()
                     computed[prefix].append(self._ask(url, prompt))
-                    self._settle()
+                    self._settle(before)
                     stored.append((prefix, prompt))
             for mbit in size.rates_mbit:
                 self._pair.link.shape_wires(mbit)
@@ -191,17 +192,19 @@ class Bench:
             raise pd_servers.ServerError(f"a request failed: {timing.error}")
         return timing.ttft_s
 
-    def _settle(self) -> None:
-        """Wait until nothing more is being stored."""
-        before, quiet_s = self._store.count(), time.monotonic()
-        deadline_s = quiet_s + MOST_WAIT_S
-        while time.monotonic() - quiet_s < QUIET_S:
+    def _settle(self, before: int) -> None:
+        """Wait until more is stored than before, and then nothing more is being stored."""
+        last, changed_s = before, time.monotonic()
+        deadline_s = changed_s + MOST_WAIT_S
+        while last == before or time.monotonic() - changed_s < QUIET_S:
             time.sleep(0.1)
             now = self._store.count()
-            if now != before:
-                before, quiet_s = now, time.monotonic()
+            if now != last:
+                last, changed_s = now, time.monotonic()
             if time.monotonic() > deadline_s:
-                raise pd_servers.ServerError("the store does not come to rest")
+                raise pd_servers.ServerError(
+                    "the store does not come to rest, or nothing is stored"
+                )
 
 
 class RedisServer:
