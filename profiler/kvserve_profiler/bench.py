@@ -20,6 +20,8 @@ from kvserve_profiler.quality import (
     divergence,
     loss_bp,
 )
+from kvserve_profiler.screening import Probe
+from kvserve_profiler.sensitivity import Sensitivity
 from kvserve_profiler.settings import Settings
 from kvserve_profiler.texts import Text
 from kvserve_profiler.trials import Measurement
@@ -106,6 +108,20 @@ class Bench:
     def sample(self) -> KV:
         """The KV cache of one whole prefix."""
         return next(iter(self._seen.values()))[0].kv
+
+    def probes(self) -> dict[str, Probe]:
+        """Return for each text what candidates are screened on: its first window, and what errors cost there."""
+        count = self._settings.gradients
+        found = {}
+        for key, windows in self._seen.items():
+            kv, tokens = windows[0].kv, windows[0].window.continuation
+            sensitivity = (
+                Sensitivity.of(self._model, kv, tokens, samples=count, seed=self._settings.seed)
+                if count
+                else None
+            )
+            found[key] = Probe(kv, sensitivity)
+        return found
 
     def search(self, codec: Codec, go_on: GoOn) -> Measurement:
         """Measure what a strategy loses, on the search's windows; on the first of them only if that tells enough.

@@ -102,9 +102,10 @@ class _Run:
                 step = f"screening candidates {done}/{len(missing)}"
                 self.report(_progress(self.task, log, step), log)
 
-        kv = self.bench.sample
-        native_bytes = self.bench.layout.native_bytes(kv.tokens)
-        found = screen(missing, self._codec, kv, native_bytes, tell).found
+        native_bytes = self.bench.layout.native_bytes(self.bench.sample.tokens)
+        by_text = self.bench.probes()
+        probes = [by_text[text] for text in self.task.budgets_bp]
+        found = screen(missing, self._codec, probes, native_bytes, tell).found
         log = log.screened(Screening({**known.found, **found}))
         self.report(_progress(self.task, log), log)
         return log

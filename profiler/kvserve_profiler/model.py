@@ -143,6 +143,7 @@ class Model:
             ).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise _load_error(source, error) from error
+        self._model.requires_grad_(False)
         self._dtype = _native_dtype(config)
         self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.lead = _lead(self._tokenizer)
@@ -202,6 +203,27 @@ class Model:
         tokens = torch.tensor([list(window) for window in windows])
         output = self._model(tokens, past_key_values=self._cache(pasts), use_cache=True)
         return torch.log_softmax(output.logits.float(), dim=-1)
+
+    def logits(
+        self, tokens: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the predictions after each token; gradients flow to the cache if it requires them.
+
+        Args:
+            tokens: The tokens to read.
+            keys: ``[layers, past, kv_heads, head_dim]`` float32: of all tokens before.
+            values: The same shape.
+
+        Returns:
+            ``[len(tokens), vocabulary]`` float32.
+        """
+        cache = transformers.DynamicCache()
+        # not keys[layer]: the gradient of each would be as large as the whole cache
+        for layer, (key, value) in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
+            cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
+        output = self._model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
 
     @torch.inference_mode()
     def generate(

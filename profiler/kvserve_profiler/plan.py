@@ -9,7 +9,8 @@ import numpy as np
 
 from kvserve_profiler.candidates import ALWAYS, Candidate
 from kvserve_profiler.pareto import non_dominated
-from kvserve_profiler.pool import Observation, Pool
+from kvserve_profiler.pool import FloatArray, Observation, Pool
+from kvserve_profiler.screening import Cheap
 from kvserve_profiler.search import suggest, worth_more
 from kvserve_profiler.task import Task
 from kvserve_profiler.trials import Measurement, Phase, Trial, TrialLog
@@ -54,6 +55,7 @@ class Plan:
             features=np.array([c.features for c, _ in found]).reshape(len(found), width),
             ratio=np.array([cheap.ratio for _, cheap in found]),
             codec_s=np.array([cheap.codec_s for _, cheap in found]),
+            forecast=_forecast([cheap for _, cheap in found]),
             starts=np.array([c.strategy.digest in starts for c, _ in found], dtype=bool),
         )
         usable = tuple(c for c, _ in found)
@@ -155,6 +157,13 @@ def _point(log: TrialLog, trial: Trial, text: str) -> tuple[float, float, float]
     quality = trial.measurement.qualities[text]
     cheap = log.screening.of(trial.strategy) if log.screening else None
     return (-quality.ratio, quality.loss_bp, cheap.codec_s if cheap else float("inf"))
+
+
+def _forecast(found: Sequence[Cheap]) -> FloatArray | None:
+    """Return ``[n, texts, 2]`` forecasts in basis points; None unless there are some of all."""
+    if not found or not all(cheap.forecast_bp for cheap in found):
+        return None
+    return np.array([cheap.forecast_bp for cheap in found]).reshape(len(found), -1, 2)
 
 
 def _losses(task: Task, trial: Trial) -> list[list[float]]:

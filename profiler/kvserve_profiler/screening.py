@@ -1,10 +1,12 @@
-"""What is cheap to know of every candidate: how far it compresses, and how long that takes.
+"""What is cheap to know of every candidate: how far it compresses, how long that takes, and what it may lose.
 
-The ratio comes from encoding one cached KV. The time is a cost model by the structure of a strategy: those that differ
-only in how finely they quantise run the same code over the same bytes, so they share the least time that any of them
-took. It ranks candidates in a search; the times of the profiles that a set holds are measured one by one.
+Ratio and forecasts of the loss come from coding the KV cache of one window of each text. The time is a cost model by
+the structure of a strategy: those that differ only in how finely they quantise run the same code over the same bytes,
+so they share the least time that any of them took. It ranks candidates in a search; the times of the profiles that a
+set holds are measured one by one.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +20,14 @@ from kvserve_api.strategy import StrategyConfig
 from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.model import KV
-from kvserve_profiler.quality import numbers
+from kvserve_profiler.quality import loss_bp, numbers
+from kvserve_profiler.sensitivity import Sensitivity
 
 T = TypeVar("T")
 FINENESS: Final = frozenset(
     {"step", "relative_step", "dead_zone", "levels", "bits", "bins", "tables", "tokens"}
 )
 """Parameters and selectors that change how much is lost, not what is done."""
-REPEATS: Final = 1
-"""Decodes, and further encodes, of one strategy of each structure."""
 _DIGITS: Final = 4
 _KEY: Final = 16
 
@@ -38,14 +39,32 @@ class Cheap:
     Attributes:
         ratio: Native bytes over the blob's.
         codec_s: Seconds to encode and decode a whole prefix.
+        forecast_bp: For each text its forecasts of the loss, directed and scattered, in basis points; none if nothing
+            was forecast.
     """
 
     ratio: float
     codec_s: float
+    forecast_bp: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("ratio", "codec_s"):
-            object.__setattr__(self, name, float(f"{getattr(self, name):.{_DIGITS}g}"))
+            object.__setattr__(self, name, _short(getattr(self, name)))
+        short = tuple((_short(one), _short(other)) for one, other in self.forecast_bp)
+        object.__setattr__(self, "forecast_bp", short)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A window that candidates are screened on.
+
+    Attributes:
+        kv: The exact KV cache of its prefix.
+        sensitivity: What errors of that cost; None to forecast nothing.
+    """
+
+    kv: KV
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,9 @@ class Screening:
     def to_json(self) -> dict[str, Any]:
         """Return the screening as an object."""
         return {
-            key: None if cheap is None else [cheap.ratio, cheap.codec_s]
+            key: None
+            if cheap is None
+            else [cheap.ratio, cheap.codec_s, *itertools.chain(*cheap.forecast_bp)]
             for key, cheap in self.found.items()
         }
 
@@ -80,10 +101,14 @@ class Screening:
             if fields.raw(key, None) is None:
                 found[key] = None
                 continue
-            ratio, codec_s = (*numbers(fields, key), 0.0, 0.0)[:2]
-            if not (ratio > 0 and codec_s > 0):
-                raise fields.fail(key, "must be a ratio and a time, both positive")
-            found[key] = Cheap(ratio=ratio, codec_s=codec_s)
+            values = numbers(fields, key)
+            if len(values) < 2 or len(values) % 2 or not (values[0] > 0 and values[1] > 0):
+                raise fields.fail(
+                    key, "must be a ratio and a time, both positive, and pairs of forecasts"
+                )
+            ratio, codec_s, *forecasts = values
+            pairs = tuple(zip(forecasts[::2], forecasts[1::2], strict=True))
+            found[key] = Cheap(ratio=ratio, codec_s=codec_s, forecast_bp=pairs)
         fields.done()
         return cls(found)
 
@@ -91,20 +116,21 @@ class Screening:
 def screen(
     candidates: Sequence[Candidate],
     codec_of: Callable[[Candidate], Codec],
-    kv: KV,
+    probes: Sequence[Probe],
     native_bytes: int,
     tell: Callable[[int], None],
 ) -> Screening:
-    """Encode a KV cache with every candidate.
+    """Code KV caches with every candidate.
 
     Args:
         candidates: What to screen.
         codec_of: Makes a candidate's codec.
-        kv: The cache.
-        native_bytes: Its size.
+        probes: A window of each text; ratio and time are those of the first.
+        native_bytes: Size of the first one's cache.
         tell: Called with the number of candidates done.
     """
     ratios: dict[str, float] = {}
+    forecasts: dict[str, tuple[tuple[float, float], ...]] = {}
     encode_s: dict[str, float] = {}
     decode_s: dict[str, float] = {}
     for done, candidate in enumerate(candidates):
@@ -112,18 +138,22 @@ def screen(
         structure = structure_of(candidate.strategy)
         try:
             codec = codec_of(candidate)
-            spent_s, blob = timed(partial(codec.encode, kv))
+            coded = [_code(codec, probe) for probe in probes[: 1 if codec.lossless else None]]
             if structure not in decode_s:
                 # the first call of a structure may compile
-                again = [timed(partial(codec.encode, kv))[0] for _ in range(REPEATS)]
-                decoding = partial(codec.decode, blob, kv.tokens)
-                decode_s[structure] = min(timed(decoding)[0] for _ in range(REPEATS))
-                spent_s = min(again)
+                coded[0] = _code(codec, probes[0])
         # it may fail in any numeric way; what can't be coded is no candidate
         except (KVServeError, ArithmeticError, RuntimeError, ValueError):
             continue
-        ratios[candidate.strategy.digest] = native_bytes / len(blob)
-        encode_s[structure] = min(spent_s, encode_s.get(structure, spent_s))
+        first = coded[0]
+        ratios[candidate.strategy.digest] = native_bytes / first.wire_bytes
+        encode_s[structure] = min(first.encode_s, encode_s.get(structure, first.encode_s))
+        decode_s[structure] = min(first.decode_s, decode_s.get(structure, first.decode_s))
+        forecasts[candidate.strategy.digest] = tuple(
+            one.forecast_bp for one in coded if one.forecast_bp is not None
+        )
+        if codec.lossless and probes[0].sensitivity is not None:
+            forecasts[candidate.strategy.digest] = ((0.0, 0.0),) * len(probes)
     found: dict[str, Cheap | None] = {}
     for candidate in candidates:
         structure = structure_of(candidate.strategy)
@@ -131,9 +161,31 @@ def screen(
         found[_key(candidate.strategy)] = (
             None
             if ratio is None
-            else Cheap(ratio=ratio, codec_s=encode_s[structure] + decode_s[structure])
+            else Cheap(
+                ratio=ratio,
+                codec_s=encode_s[structure] + decode_s[structure],
+                forecast_bp=forecasts[candidate.strategy.digest],
+            )
         )
     return Screening(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    wire_bytes: int
+    encode_s: float
+    decode_s: float
+    forecast_bp: tuple[float, float] | None
+
+
+def _code(codec: Codec, probe: Probe) -> _Coded:
+    encode_s, blob = timed(partial(codec.encode, probe.kv))
+    decode_s, decoded = timed(partial(codec.decode, blob, probe.kv.tokens))
+    forecast_bp = None
+    if probe.sensitivity is not None:
+        forecast = probe.sensitivity.forecast(probe.kv, decoded)
+        forecast_bp = (loss_bp(forecast.directed), loss_bp(forecast.scattered))
+    return _Coded(len(blob), encode_s, decode_s, forecast_bp)
 
 
 def timed(action: Callable[[], T]) -> tuple[float, T]:
@@ -154,6 +206,10 @@ def _without_fineness(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_fineness(item) for k, item in value.items() if k not in FINENESS}
     return value
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
 
 
 def _key(strategy: StrategyConfig) -> str:

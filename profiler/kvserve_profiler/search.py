@@ -18,6 +18,8 @@ from kvserve_profiler.pool import FloatArray, Observation, Pool, windows_of
 
 INITIAL: Final = 6
 """Observations of the space-filling design, before a model says anything."""
+INITIAL_FORECAST: Final = 2
+"""The same if losses are forecast: a model then says something from the start."""
 USELESS: Final = 8.0
 """A loss of so many budgets is as bad as any larger one."""
 LEAST_PAIRS: Final = 4
@@ -50,7 +52,8 @@ def suggest(
     """
     seen = [observation.index for observation in observations]
     batch = min(batch, len(pool) - len(set(seen)))
-    chosen = fill(pool, seen, count=min(batch, max(INITIAL - len(seen), 0)), seed=seed)
+    initial = INITIAL if pool.forecast is None else INITIAL_FORECAST
+    chosen = fill(pool, seen, count=min(batch, max(initial - len(seen), 0)), seed=seed)
     usable = [observation for observation in observations if not observation.failed]
     if not usable:
         rest = fill(pool, [*seen, *chosen], count=batch - len(chosen), seed=seed)
@@ -155,6 +158,7 @@ def _improve(
             pool,
             indices,
             [observation.losses_bp[text] for observation in usable],
+            text=text,
             most_bp=USELESS * budget_bp,
         )
         for text, budget_bp in enumerate(budgets_bp)

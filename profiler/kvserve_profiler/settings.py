@@ -15,6 +15,8 @@ class Settings:
         continuation_tokens: Tokens after them that are scored with it.
         max_windows: Most windows of a text that a search sees, and most that are held out for its result.
         first_windows: Windows after which a search goes on only with what may still be worth it.
+        gradients: By so many gradients of each text's first window the losses of all candidates are forecast; 0 for no
+            forecasts.
         block_tokens: Neighbouring tokens that the bootstrap keeps together, because their losses are alike.
         resamples: Bootstrap resamples.
         confidence_percent: Level of the one-sided upper limit of the loss.
@@ -27,6 +29,7 @@ class Settings:
     continuation_tokens: int = 128
     max_windows: int = 4
     first_windows: int = 1
+    gradients: int = 16
     block_tokens: int = 32
     resamples: int = 2000
     confidence_percent: float = 95.0
@@ -40,6 +43,7 @@ class Settings:
             ("continuation_tokens", 8),
             ("max_windows", 1),
             ("first_windows", 1),
+            ("gradients", 0),
             ("block_tokens", 1),
             ("resamples", 100),
             ("cost_repeats", 1),

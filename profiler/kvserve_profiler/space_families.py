@@ -9,8 +9,9 @@ from typing import Final
 
 from kvserve_api.strategy import StrategyConfig
 from kvserve_api.wire import KVLayout
-from kvserve_profiler.space import Family, Parameter, ParameterKind, Point, Space
+from kvserve_profiler.space import Family, Space
 from kvserve_profiler.space_plain import both, plain_families
+from kvserve_profiler.space_point import Parameter, ParameterKind, Point
 from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.bundle.basis import CENTRED
 from kvserve_strategies.calibration.recipe import DEFAULT_KEYS, FISHER

@@ -6,7 +6,8 @@ from typing import Final
 from kvserve_api.errors import StrategyError
 from kvserve_api.strategy import Kind, Part, StrategyConfig
 from kvserve_api.wire import KVLayout
-from kvserve_profiler.space import Family, Parameter, ParameterKind, Point, Value
+from kvserve_profiler.space import Family
+from kvserve_profiler.space_point import Parameter, ParameterKind, Point, Value
 from kvserve_strategies.peers import part
 from kvserve_strategies.presets import PRESETS
 from kvserve_strategies.stage import Stage

@@ -1,33 +1,43 @@
-"""The model of the quality loss: a Gaussian process over what strategies are and how far they compress.
+"""The model of the quality loss: a Gaussian process over what strategies are, around what is known of them beforehand.
 
-It works in octaves of loss (`loss_octaves`), in which a loss is about linear in the octaves of the ratio within a
-family and its noise about equal everywhere. Loss rises with the ratio, so that is the prior mean; what the process adds
-is how families differ from that line.
+It works in octaves of loss (`loss_octaves`), in which a forecast is off by about as much everywhere, and so is an
+observation. The prior mean is the forecast; what the process learns is how far it is off, for all strategies, for a
+kind, and for those that are alike. Without forecasts the prior mean is a line that rises with the octaves of the ratio.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Self
 
 import numpy as np
 import torch
 from botorch.exceptions import ModelFittingError
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
-from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+from gpytorch.means import ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import LogNormalPrior
 from linear_operator.utils.errors import NotPSDError
+from scipy.linalg import solve_triangular
 
 from kvserve_profiler.hypervolume import loss_octaves
-from kvserve_profiler.kernel import mixed_kernel
+from kvserve_profiler.kernel import Columns, kernel_of
 from kvserve_profiler.pool import FloatArray, Pool, windows_of
 
-LEAST_VARIANCE = 1e-4
+LEAST_VARIANCE: Final = 1e-4
 """Of an observation, in octaves squared: the model would otherwise bend to rounding errors."""
-UNSEEN_VARIANCE = 0.25
+UNSEEN_VARIANCE: Final = 0.25
 """Of a loss on fewer windows than others have, before any candidate told how far windows agree."""
+REFIT: Final = 8
+"""Observations between two fits of the hyperparameters: these change slowly, and finding them takes long."""
+OWN_DEVIATION: Final = 0.15
+"""Octaves by which a strategy differs from those most like it, before any told."""
+_MIDDLE_OCTAVES: Final = 4.0
+"""Losses that matter lie about here: the slope of a forecast turns around it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,43 +103,65 @@ class Surrogate:
         indices: Sequence[int],
         losses: Sequence[Sequence[float]],
         *,
+        text: int = 0,
         most_bp: float = math.inf,
     ) -> None:
-        """Fit the process.
+        """Condition the process; its hyperparameters are those of the first observations, a multiple of `REFIT`.
 
         Args:
             pool: The candidates.
-            indices: Those observed, at least one.
+            indices: Those observed, at least one, in the order in which they were.
             losses: The losses of each, as for `octaves_of`.
+            text: Which of the texts.
             most_bp: A loss beyond which nothing needs to be told apart, in basis points: a strategy that destroys the
                 cache must not bend the model where it counts.
         """
+        most = float(loss_octaves(most_bp))
+        chosen = np.asarray(indices)
         octaves, variances = octaves_of(losses)
-        octaves = np.minimum(octaves, loss_octaves(most_bp))
-        ratio = np.log2(pool.ratio)
-        self._inputs = torch.from_numpy(_scaled(np.column_stack([pool.features, ratio])))
-        kernel = mixed_kernel(self._inputs.numpy())
-        chosen = list(indices)
-        self._trend = _line(ratio[chosen], octaves)(ratio)
-        rest = octaves - self._trend[chosen]
-        self._unit = max(float(rest.std()), 0.1)
-        self._model = _fitted(
-            kernel,
-            self._inputs[chosen],
-            torch.from_numpy(rest / self._unit)[:, None],
-            torch.from_numpy(variances / self._unit**2)[:, None],
+        octaves = np.minimum(octaves, most)
+        if pool.forecast is None:
+            ratio = np.log2(pool.ratio)
+            inputs = _scaled(np.column_stack([pool.features, ratio]))
+            self._trend = _line(ratio[chosen], octaves)(ratio)
+            self._unit = max(float((octaves - self._trend[chosen]).std()), 0.1)
+            columns = Columns.of(inputs, 0)
+        else:
+            # beyond the most, a forecast says no more than that
+            known = np.minimum(loss_octaves(pool.forecast[:, text]), most + 1.0)
+            inputs = np.column_stack([_scaled(pool.features), known - _MIDDLE_OCTAVES])
+            self._trend = known.mean(axis=1)
+            self._unit = 1.0
+            columns = Columns.of(inputs, known.shape[1])
+        self._chosen = chosen
+        first = len(chosen) // REFIT * REFIT
+        data = _Data.of(
+            inputs[chosen],
+            (octaves - self._trend[chosen]) / self._unit,
+            variances / self._unit**2,
         )
+        model = _model(data, columns)
+        if first:
+            early, noise = octaves_of(losses[:first])
+            rest = np.minimum(early, most) - self._trend[chosen[:first]]
+            basis = _Data.of(inputs[chosen[:first]], rest / self._unit, noise / self._unit**2)
+            model.load_state_dict(_hyperparameters(basis, columns), strict=False)
+        self._own = float(model.likelihood.second_noise.detach())
+        self._targets = (octaves - self._trend[chosen]) / self._unit
+        self._noise = variances / self._unit**2 + self._own
+        self._kernel = model.covar_module
+        self._inputs = torch.from_numpy(inputs)
+        with torch.no_grad():
+            self._alone = self._kernel(self._inputs, diag=True).numpy()
+        self._covariance = self._covariances(chosen.tolist())
 
     def belief(self) -> Belief:
-        """Return what is believed of every candidate of the pool."""
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            posterior = self._model.posterior(self._inputs)
-            mean = posterior.mean[:, 0].numpy()
-            variance = posterior.variance[:, 0].numpy()
+        """Return what is believed of every candidate of the pool, including what is a candidate's own."""
+        weights, half = self._solved()
+        variance = self._alone - (half**2).sum(axis=0)
         return Belief(
-            mean=self._trend + mean * self._unit,
-            deviation=np.sqrt(np.maximum(variance, 1e-12)) * self._unit,
+            mean=self._trend + (self._covariance @ weights) * self._unit,
+            deviation=np.sqrt(np.maximum(variance, 1e-12) + self._own) * self._unit,
         )
 
     def suppose(self, index: int) -> None:
@@ -138,46 +170,102 @@ class Surrogate:
         Its neighbours then have nothing new to tell, and the next of a batch is chosen elsewhere (Ginsbourger, Le
         Riche and Carraro, Kriging is well-suited to parallelize optimization, 2010).
         """
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            here = self._inputs[index : index + 1]
-            mean = self._model.posterior(here).mean
-            noise = torch.full_like(mean, LEAST_VARIANCE / self._unit**2)
-            self._model = self._model.condition_on_observations(here, mean, noise=noise)
+        weights, _ = self._solved()
+        self._targets = np.append(self._targets, self._covariance[index] @ weights)
+        self._noise = np.append(self._noise, LEAST_VARIANCE / self._unit**2 + self._own)
+        self._chosen = np.append(self._chosen, index)
+        self._covariance = np.column_stack([self._covariance, self._covariances([index])])
+
+    def _solved(self) -> tuple[FloatArray, FloatArray]:
+        """Return ``[m]`` weights of the observations, and ``[m, n]``, whose squares are what they explain."""
+        among = self._covariance[self._chosen] + np.diag(self._noise)
+        root = np.linalg.cholesky(among)
+        half = solve_triangular(root, self._covariance.T, lower=True)
+        weights = solve_triangular(root.T, solve_triangular(root, self._targets, lower=True))
+        return weights, half
+
+    def _covariances(self, indices: Sequence[int]) -> FloatArray:
+        """Return ``[n, len(indices)]``: how all candidates go with some."""
+        with torch.no_grad():
+            some = self._inputs[list(indices)]
+            dense: FloatArray = self._kernel(self._inputs, some).to_dense().numpy()
+        return dense
 
 
-def _fitted(
-    kernel: Kernel, inputs: torch.Tensor, targets: torch.Tensor, variances: torch.Tensor
-) -> SingleTaskGP:
-    """Return a process with the most likely hyperparameters, or with their prior's if there are none."""
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Observations, hashable.
 
-    def start() -> SingleTaskGP:
-        return SingleTaskGP(
-            inputs,
-            targets,
-            train_Yvar=variances,
-            covar_module=copy.deepcopy(kernel),
-            outcome_transform=None,
+    Attributes:
+        shape: Of the inputs.
+        inputs: Float64, as bytes.
+        targets: The same.
+        variances: The same.
+    """
+
+    shape: tuple[int, int]
+    inputs: bytes
+    targets: bytes
+    variances: bytes
+
+    @classmethod
+    def of(cls, inputs: FloatArray, targets: FloatArray, variances: FloatArray) -> Self:
+        """Copy arrays."""
+        rows, columns = inputs.shape
+        return cls((rows, columns), inputs.tobytes(), targets.tobytes(), variances.tobytes())
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ``[n, columns]`` inputs, ``[n, 1]`` targets and ``[n, 1]`` variances."""
+        inputs, targets, variances = (
+            torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(self.shape[0], -1)
+            for data in (self.inputs, self.targets, self.variances)
         )
+        return inputs, targets, variances
 
+
+def _model(data: _Data, columns: Columns) -> SingleTaskGP:
+    """Return a process whose hyperparameters are those of their priors."""
+    inputs, targets, variances = data.tensors()
+    # what is a strategy's own can't be told from noise, but is no less true: beliefs include it
+    likelihood = FixedNoiseGaussianLikelihood(variances[:, 0], learn_additional_noise=True)
+    likelihood.register_prior(
+        "own_prior",
+        LogNormalPrior(2 * math.log(OWN_DEVIATION), 1.0),
+        lambda module: module.second_noise,
+        lambda module, value: module.second_noise_covar.initialize(noise=value),
+    )
+    likelihood.second_noise = OWN_DEVIATION**2
+    return SingleTaskGP(
+        inputs,
+        targets,
+        train_Yvar=variances,
+        likelihood=likelihood,
+        mean_module=ZeroMean(),
+        covar_module=kernel_of(columns),
+        outcome_transform=None,
+    )
+
+
+@lru_cache(maxsize=64)
+def _hyperparameters(data: _Data, columns: Columns) -> dict[str, torch.Tensor]:
+    """Return the most likely hyperparameters, or their priors' if there are none; to be read only."""
     with warnings.catch_warnings():
         # numerical warnings of the optimiser: the fit it ends with is judged by its likelihood alone
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = start()
+        model = _model(data, columns)
         try:
             fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model), max_attempts=2)
         except (ModelFittingError, NotPSDError):
-            model = start()
-        return model.eval()
+            model = _model(data, columns)
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def _scaled(columns: FloatArray) -> FloatArray:
-    """Return columns scaled to 0..1, without features that are the same for all; the last column stays."""
+    """Return columns scaled to 0..1, without those that are the same for all."""
     least, span = columns.min(axis=0), np.ptp(columns, axis=0)
     kept = span > 0
-    kept[-1] = True
-    scaled: FloatArray = ((columns - least) / np.where(span > 0, span, 1.0))[:, kept]
+    scaled: FloatArray = (columns - least)[:, kept] / span[kept]
     return scaled
 
 

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from kvserve_api.canonical import short_digest
+from kvserve_api.errors import SpecError
+from kvserve_api.fields import Fields
 from kvserve_profiler.candidates import ALWAYS, PER_TRIAL, Candidate, gather, preset_space
-from kvserve_profiler.screening import structure_of
+from kvserve_profiler.screening import Cheap, Screening, structure_of
 from kvserve_strategies.presets import PRESETS
 
 
@@ -49,3 +52,16 @@ def test_what_every_set_has_are_presets() -> None:
 def test_without_a_space_only_the_named_are_candidates(named: tuple[Candidate, ...]) -> None:
     """Nothing is made up."""
     assert gather(named, (), max_trials=64, seed=0) == named
+
+
+def test_a_screening_survives_the_log() -> None:
+    """Ratio, time and forecasts are read back to four digits; half a pair of forecasts is refused."""
+    strategy = PRESETS["fp8"]
+    cheap = Cheap(ratio=1.93456, codec_s=0.012, forecast_bp=((1.23456, 2.0), (3e5, 0.0)))
+    screening = Screening({short_digest(strategy.digest, 16): cheap})
+    again = Screening.from_json(Fields(screening.to_json(), "screening"))
+    assert again.of(strategy) == cheap
+    assert cheap.forecast_bp[0] == (1.235, 2.0)
+    broken = {key: values[:-1] for key, values in screening.to_json().items()}
+    with pytest.raises(SpecError, match="pairs of forecasts"):
+        Screening.from_json(Fields(broken, "screening"))

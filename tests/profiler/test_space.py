@@ -7,7 +7,8 @@ import pytest
 
 from kvserve_api.errors import StrategyError
 from kvserve_api.strategy import StrategyConfig
-from kvserve_profiler.space import Family, Parameter, ParameterKind, Point, Space
+from kvserve_profiler.space import Family, Space
+from kvserve_profiler.space_point import Parameter, ParameterKind, Point
 from kvserve_strategies.presets import PRESETS, preset
 
 STEP = Parameter("step", ParameterKind.CONTINUOUS, (0.1, 0.2, 0.4))

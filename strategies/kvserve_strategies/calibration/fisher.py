@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvserve_strategies.calibration.protocol import CalibrationModel, Prefill
+from kvserve_strategies.calibration.protocol import Predictor, Prefill
 
 
 def gradients(
-    model: CalibrationModel,
+    model: Predictor,
     prefill: Prefill,
     continuation: Sequence[int],
     *,

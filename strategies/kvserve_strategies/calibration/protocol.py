@@ -50,7 +50,27 @@ class Prefill:
     queries: Sequence[torch.Tensor]
 
 
-class CalibrationModel(Protocol):
+class Predictor(Protocol):
+    """A model whose predictions follow from a given cache."""
+
+    def logits(
+        self, tokens: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the predictions after each token, given the cache of all tokens before them.
+
+        Gradients flow to `keys` and `values` (and to nothing else) if these require them.
+
+        Args:
+            tokens: The tokens to read, at the positions that follow the cache's.
+            keys: ``[layers, past, kv_heads, head_dim]`` float32, rotated.
+            values: The same shape.
+
+        Returns:
+            ``[len(tokens), vocabulary]`` float32.
+        """
+
+
+class CalibrationModel(Predictor, Protocol):
     """A model under calibration."""
 
     @property
@@ -70,19 +90,3 @@ class CalibrationModel(Protocol):
 
     def prefill(self, tokens: Sequence[int]) -> Prefill:
         """Return KV cache and queries of a text, without gradients."""
-
-    def logits(
-        self, tokens: Sequence[int], keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the predictions after each token, given the cache of all tokens before them.
-
-        Gradients flow to `keys` and `values` (and to nothing else) if these require them.
-
-        Args:
-            tokens: The tokens to read, at the positions that follow the cache's.
-            keys: ``[layers, past, kv_heads, head_dim]`` float32, rotated.
-            values: The same shape.
-
-        Returns:
-            ``[len(tokens), vocabulary]`` float32.
-        """
