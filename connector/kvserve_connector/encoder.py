@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import Chunk
@@ -12,11 +12,22 @@ from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.leases import Claim
 from kvserve_strategies import Pipeline
 
+T = TypeVar("T")
+
 AHEAD: Final = 2
 """Chunks that may be coded before they are sent: enough to overlap, and it bounds memory."""
 
-Wait: TypeAlias = Callable[[Callable[[], bool]], None]
-"""Waits until something holds of a prefill; raises if it can't come about, or takes too long."""
+
+class Patience(Protocol):
+    """Waits on behalf of a consumer, which is told that it has not been forgotten; raises when its time is over."""
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds of a prefill; raise if it can't come about."""
+        ...
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for what is being coded, or has to wait its turn."""
+        ...
 
 
 class Coded(NamedTuple):
@@ -55,7 +66,7 @@ class Encoder:
         claim: Claim,
         pipeline: Pipeline,
         chunks: Sequence[Chunk],
-        wait: Wait,
+        patience: Patience,
         ready: Mapping[int, Coded] = _NOTHING,
     ) -> Generator[Coded, None, None]:
         """Yield each chunk once, those that can be read first, else in order.
@@ -66,7 +77,7 @@ class Encoder:
             claim: The prefill.
             pipeline: The strategy.
             chunks: The plan.
-            wait: Called when nothing can be read yet.
+            patience: Waits for what can't be read or is not coded yet.
             ready: What was coded before, by its place in the plan.
 
         Raises:
@@ -81,10 +92,10 @@ class Encoder:
                     waiting.remove(index)
                     ahead.append((index, self._begin(claim, pipeline, index, chunks[index], ready)))
                 if not ahead:
-                    wait(lambda: _next(claim, chunks, waiting) is not None)
+                    patience.wait(lambda: _next(claim, chunks, waiting) is not None)
                     continue
                 index, future = ahead[0]
-                coded = future.result()
+                coded = patience.result(future)
                 ahead.popleft()
                 if coded is None:
                     waiting.add(index)

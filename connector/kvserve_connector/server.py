@@ -5,10 +5,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from kvserve_api.errors import (
     KVServeError,
@@ -44,6 +44,8 @@ from kvserve_connector.selector import Choice, Selector
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_CONNECTIONS: Final = 512
 IDLE_S: Final = 300.0
@@ -82,11 +84,24 @@ class _Patience:
         """Wait until something holds that changes as the prefill goes on."""
         start_s = time.monotonic()
         while not self._leases.wait(holds, self._every_s):
-            if self._closed():
-                raise TransferError(TransferReason.CANCELLED, "the producer ends")
-            # fails when the consumer is gone, or its time is over
-            self._frames.send(pack_header(Kind.WAIT, 0))
+            self._tell()
         self.waited_s += time.monotonic() - start_s
+
+    def result(self, future: Future[T]) -> T:
+        """Wait for a chunk that is being coded, or behind those of other transfers."""
+        while True:
+            try:
+                return future.result(self._every_s)
+            except TimeoutError:
+                if future.done():
+                    raise
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._closed():
+            raise TransferError(TransferReason.CANCELLED, "the producer ends")
+        # fails when the consumer is gone, or its time is over
+        self._frames.send(pack_header(Kind.WAIT, 0))
 
 
 class TransferServer:
@@ -395,7 +410,7 @@ class TransferServer:
         wire_bytes = 0
         encode_s = 0.0
         started_ns = time.time_ns()
-        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience.wait, ready)
+        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience, ready)
         try:
             for index, blob, seconds in encoded:
                 frames.send_chunk(blob, index)

@@ -443,3 +443,18 @@ def test_chunks_know_how_far_the_request_goes_on() -> None:
     )
     exact = [torch.equal(ours[:, token], theirs[:, token]) for token in range(72)]
     assert exact == [False] * 62 + [True] * 10
+
+
+def test_waiting_for_a_turn_is_not_silence() -> None:
+    """A transfer that waits longer behind others for its coder than a peer may be silent arrives all the same."""
+    with pair(stall_s=0.6, timeout_s=20.0) as both:
+        held = threading.Event()
+        others = both.encoders.submit(held.wait, 10)
+        both.lease("a", 80, FROM)
+        load = both.load("a", range(80), TO)
+        both.client.start(load)
+        time.sleep(1.5)
+        held.set()
+        assert both.outcome(load.request_id).failure == ""
+        assert same(both, range(80))
+        assert others.result()

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,6 +98,7 @@ class Pair:
     metrics: Metrics
     producer_bundles: BundleBook
     consumer_bundles: BundleBook
+    encoders: Executor
     outcomes: list[Outcome] = field(default_factory=list)
     arrived: threading.Condition = field(default_factory=threading.Condition)
 
@@ -229,7 +230,18 @@ def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: Any) -> Iterat
         lambda outcome: made[0].note(outcome),
     )
     both = Pair(
-        config, server, client, source, target, leases, links, selector, metrics, ours, theirs
+        config,
+        server,
+        client,
+        source,
+        target,
+        leases,
+        links,
+        selector,
+        metrics,
+        ours,
+        theirs,
+        encoders,
     )
     made.append(both)
     # as an engine does before it serves: what has to be compiled must not count as a transfer's time
