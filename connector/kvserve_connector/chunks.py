@@ -13,6 +13,10 @@ MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
 LEAST_CUTS: Final = 12
 """So many groups of layers has a transfer that goes on while its prefill runs: one of them is left when that ends."""
+AHEAD_TOKENS: Final = 512
+"""Most tokens of its chunks: what is ready at the end in one piece is coded, sent and decoded one after the other."""
+AHEAD_RANGES: Final = 256
+"""Most ranges of tokens that it is cut into."""
 LANES: Final = 32
 """Where many layers make even that too many tokens: what entropy coders code side by side."""
 
@@ -76,13 +80,14 @@ def plan_ahead(
         layer_multiple: Layers that the strategy codes together.
         step_tokens: Most tokens that the engine computes in one step.
     """
+    step = max(min(step_tokens, AHEAD_TOKENS), -(-len(tokens) // AHEAD_RANGES))
     fine = -(-form.layout.layers // LEAST_CUTS)
     return plan_form(
         form,
         tokens,
         min(chunk_layers, fine),
         layer_multiple=layer_multiple,
-        most_tokens=max(TOKEN_STEP, step_tokens // TOKEN_STEP * TOKEN_STEP),
+        most_tokens=max(1, round(step / TOKEN_STEP)) * TOKEN_STEP,
     )
 
 

@@ -10,15 +10,19 @@ from hypothesis import strategies as st
 from kvserve_api.errors import WireError, WireReason
 from kvserve_api.table import Version
 from kvserve_api.wire import KVLayout
-from kvserve_connector.chunks import MAX_CHUNK_BYTES, Chunk, check_cover, plan
+from kvserve_connector.chunks import MAX_CHUNK_BYTES, Chunk, check_cover, plan, plan_ahead
+from kvserve_connector.form import Form, Part
+from kvserve_connector.groups import Group
 from kvserve_connector.protocol import (
     HEADER_BYTES,
+    MAX_CHUNKS,
     Accept,
     End,
     Kind,
     Pull,
     Refuse,
     Release,
+    Renew,
     pack_header,
     pack_message,
     parse_header,
@@ -61,14 +65,19 @@ MESSAGES = {
             Chunk(layers=range(1), tokens=range(1, 2), part=7),
         ),
     ),
+    "pull-of-a-transfer": replace(PULL, transfer=True, engine_id=""),
+    "pull-of-a-worker": replace(PULL, rank=1, ranks=2),
     "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
+    "end-of-a-transfer": End(encode_s=0.5, goodput_bytes_per_s=1e8, waited_s=2.0, model_s=3.0),
     "refuse": Refuse(reason="Expired", detail="too late"),
     "release": Release(engine_id="e", request_id="r"),
+    "release-of-a-transfer": Release(engine_id="", request_id="x", transfer=True),
+    "renew": Renew(names=("r", "x")),
 }
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
-def test_messages_come_back(message: Pull | Accept | End | Refuse | Release) -> None:
+def test_messages_come_back(message: Pull | Accept | End | Refuse | Release | Renew) -> None:
     """Every control message is read as it was written."""
     frame = message.pack()
     header = parse_header(frame[:HEADER_BYTES])
@@ -149,6 +158,12 @@ def test_nothing_is_pickled() -> None:
     assert json.loads(PULL.pack()[HEADER_BYTES + 4 :])["request_id"] == "r"
 
 
+def test_header_says_which_chunk_follows() -> None:
+    """A chunk's place in the plan is in its header, up to the longest plan."""
+    assert parse_header(pack_header(Kind.CHUNK, 5, MAX_CHUNKS - 1)).index == MAX_CHUNKS - 1
+    assert parse_header(pack_header(Kind.PULL, 5)).index == 0
+
+
 def test_header_length_is_32_bits() -> None:
     """The largest length survives the header; whoever reads it must bound it."""
     assert parse_header(pack_header(Kind.CHUNK, 2**32 - 1)).length == 2**32 - 1
@@ -184,6 +199,27 @@ def test_many_layers_make_short_chunks() -> None:
     # 10 layers of a token take 160 KiB: 51 tokens fit
     assert {len(chunk.tokens) for chunk in chunks} == {32, 500 % 32}
     assert all(chunk.native_bytes(layout) <= MAX_CHUNK_BYTES for chunk in chunks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.integers(1, 90),
+    tokens=st.integers(1, 200_000),
+    multiple=st.integers(1, 10),
+    step_tokens=st.integers(1, 16_384),
+)
+def test_plans_of_running_prefills_are_fine_and_finite(
+    layers: int, tokens: int, multiple: int, step_tokens: int
+) -> None:
+    """They cover what was asked, leave a small part for the end, and fit into a message."""
+    layout = KVLayout(layers=layers, kv_heads=2, head_dim=128, dtype="bfloat16")
+    group = Group(index=0, layer_names=("a",), block_tokens=16)
+    form = Form(fingerprint="f", parts=(Part(layout=layout, group=group, block_rows=16),))
+    chunks = plan_ahead(form, range(tokens), 5, layer_multiple=multiple, step_tokens=step_tokens)
+    check_cover(chunks, layout, range(tokens))
+    assert len(chunks) <= MAX_CHUNKS
+    assert max(len(chunk.layers) for chunk in chunks) <= max(multiple, -(-layers // 12))
+    assert max(len(chunk.tokens) for chunk in chunks) <= max(512, tokens // 256 + 128)
 
 
 WANTED = range(40)
