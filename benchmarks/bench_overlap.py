@@ -199,6 +199,12 @@ def ask(producer: Server, consumer: Server, prompt: list[int], port: int) -> dic
         both_s, _ = timed(consumer, one | {"kv_transfer_params": where | name})
         during_s, _ = prefill.result()
     transfer_s, exposed_s = second_s - least_s, both_s - alone_s - least_s
+    print(
+        f"{len(prompt)} tokens: prefill {alone_s:.2f} s, transfer {transfer_s:.2f} s,"
+        f" exposed {exposed_s:.2f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return {
         "tokens": len(prompt),
         "prefill_s": alone_s,
