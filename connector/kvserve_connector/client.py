@@ -37,6 +37,7 @@ from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load
 from kvserve_connector.protocol import (
+    HEADER_BYTES,
     MAX_RENEWED,
     Accept,
     End,
@@ -260,7 +261,9 @@ class TransferClient:
                 frames.interrupt()
             try:
                 frames.set_budget(left_s)
-                frames.send(self._wish(load, left_s).pack())
+                wish = self._wish(load, left_s).pack()
+                frames.send(wish)
+                frames.bind(wish[HEADER_BYTES:])
                 return frames, Accept.parse(self._message(frames, Kind.ACCEPT))
             except TransferError as error:
                 frames.close()

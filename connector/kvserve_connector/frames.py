@@ -5,6 +5,7 @@ import select
 import socket
 import ssl
 import time
+import zlib
 from typing import Final
 
 from kvserve_api.errors import (
@@ -51,6 +52,7 @@ class FrameSocket:
         self._deadline_s = time.monotonic() + stall_s
         self.received_bytes = 0
         self._piece = _PIECE
+        self._seed = 0
 
     @classmethod
     def connect(cls, host: str, port: int, *, timeout_s: float, stall_s: float) -> "FrameSocket":
@@ -167,9 +169,20 @@ class FrameSocket:
         except OSError as error:
             raise _lost(error, "while sending") from error
 
+    def bind(self, pull: bytes) -> None:
+        """Take chunks from here on as the answer to this PULL only.
+
+        A chunk says which layers and tokens it is, of which model, but not of which request: one that strays here from
+        another transfer would fit. Its header's checksum begins with that of the request's own words.
+
+        Args:
+            pull: The PULL's body.
+        """
+        self._seed = zlib.crc32(pull)
+
     def send_chunk(self, blob: memoryview, index: int) -> None:
         """Send a chunk's frame; the index is its place in the plan."""
-        self.send(pack_header(Kind.CHUNK, len(blob), index))
+        self.send(pack_header(Kind.CHUNK, len(blob), index, seed=self._seed))
         self.send(blob)
 
     def receive_header(self) -> FrameHeader:
@@ -182,7 +195,7 @@ class FrameSocket:
         while True:
             data = bytearray(HEADER_BYTES)
             self.receive_into(memoryview(data))
-            header = parse_header(bytes(data))
+            header = parse_header(bytes(data), self._seed)
             if header.kind != Kind.WAIT or header.length:
                 return header
 

@@ -84,14 +84,25 @@ class FrameHeader:
     index: int = 0
 
 
-def pack_header(kind: Kind, length: int, index: int = 0) -> bytes:
-    """Return a frame's header."""
+def pack_header(kind: Kind, length: int, index: int = 0, *, seed: int = 0) -> bytes:
+    """Return a frame's header.
+
+    Args:
+        kind: What the frame holds.
+        length: Bytes that follow.
+        index: Of a chunk: its place in the plan.
+        seed: Of a chunk: what its checksum begins with, see `kvserve_connector.frames.FrameSocket.bind`.
+    """
     head = HEADER.pack(MAGIC, kind, index, length, 0)[: -_CRC.size]
-    return head + _CRC.pack(zlib.crc32(head))
+    return head + _CRC.pack(zlib.crc32(head, seed))
 
 
-def parse_header(data: bytes) -> FrameHeader:
+def parse_header(data: bytes, seed: int = 0) -> FrameHeader:
     """Check a frame's header; the length is not yet checked against any bound.
+
+    Args:
+        data: Its bytes.
+        seed: What the checksum of a chunk's header must begin with.
 
     Raises:
         WireError: It is not a header of ours, or damaged.
@@ -101,8 +112,10 @@ def parse_header(data: bytes) -> FrameHeader:
     magic, kind, index, length, crc = HEADER.unpack(data)
     if magic != MAGIC:
         raise WireError(WireReason.BAD_MAGIC, f"a frame starts with {MAGIC!r}, got {magic!r}")
-    if crc != zlib.crc32(data[: -_CRC.size]):
-        raise WireError(WireReason.CHECKSUM_MISMATCH, "a frame header is damaged")
+    if crc != zlib.crc32(data[: -_CRC.size], seed if kind == Kind.CHUNK else 0):
+        raise WireError(
+            WireReason.CHECKSUM_MISMATCH, "a frame header is damaged, or of another transfer"
+        )
     try:
         return FrameHeader(Kind(kind), length, index)
     except ValueError as error:

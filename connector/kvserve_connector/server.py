@@ -200,6 +200,7 @@ class TransferServer:
                 header = frames.receive_header()
                 body = frames.receive_body(header)
                 if header.kind == Kind.PULL:
+                    frames.bind(body)
                     self._answer(frames, peer, Pull.parse(body))
                 elif header.kind == Kind.RELEASE:
                     release = Release.parse(body)

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from hostile_proxy import HostileProxy
 from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, Pair, make_cache, pair
 from kvserve_api.strategy import Part, StrategyConfig
-from kvserve_connector.protocol import Kind, pack_header
+from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
 from kvserve_strategies.bundle import Bundle
@@ -361,11 +362,13 @@ def test_oversized_chunks_are_not_read() -> None:
         def lie() -> None:
             connection, _ = listener.accept()
             with connection, socket.create_connection(("127.0.0.1", both.server.port)) as real:
-                real.sendall(connection.recv(65_536))
+                wish = connection.recv(65_536)
+                real.sendall(wish)
                 time.sleep(0.2)
                 answer = real.recv(1 << 20)
                 first = answer.index(b"KVT1", 1)
-                connection.sendall(answer[:first] + pack_header(Kind.CHUNK, 2**32 - 1))
+                huge = pack_header(Kind.CHUNK, 2**32 - 1, seed=zlib.crc32(wish[HEADER_BYTES:]))
+                connection.sendall(answer[:first] + huge)
                 connection.recv(1)
 
         threading.Thread(target=lie, daemon=True).start()
