@@ -210,11 +210,14 @@ async def send(
     timing = Timing(at_s=request.at_s, tokens=len(request.prompt))
     start_s = time.perf_counter()
 
-    async def prefill(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
-        first = body | {"max_tokens": 1, "kv_transfer_params": dict(PREFILL_ONLY) | dict(params)}
+    async def prefill(more: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
+        first = body | {"max_tokens": 1, "kv_transfer_params": dict(PREFILL_ONLY) | dict(more)}
         answer = await client.post(f"{route.prefill}/v1/completions", json=first)
         answer.raise_for_status()
-        return answer.json()["kv_transfer_params"] or {}, time.perf_counter() - start_s
+        params = answer.json().get("kv_transfer_params")
+        if route.early is None and not params:
+            raise ValueError("the prefill's answer does not say where its KV is")
+        return params or {}, time.perf_counter() - start_s
 
     async def generate(params: Mapping[str, Any] | None) -> tuple[float, list[str]]:
         asked = body | {"stream": True} | ({"kv_transfer_params": params} if params else {})
