@@ -65,6 +65,8 @@ TIGHT: Final = 1
 """In time, but by so little that it does not take the place of a profile in use."""
 LATE: Final = 2
 UNSTABLE: Final = 3
+SAFE: Final = 1 - 1e-9
+"""What rounding may add to a sum of times is far less."""
 _Weighed: TypeAlias = tuple[str, float, float, float, float, float, tuple[float, float, float]]
 """A candidate's name, time, merit, times of encoding, wire and decoding, and hopes."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
@@ -112,7 +114,9 @@ def select(
         workload_class = "default"
         rows = table.rows[workload_class]
     rule = table.rules[workload_class]
-    if decodable is not None:
+    if decodable is None:
+        rows = table.led[workload_class].get(incumbent or "", rows)
+    else:
         rows = tuple(row for row in rows if row.name == NONE or _known(table, row, decodable))
     if not rows:
         return _fixed(table, table.fallback, Bound.PEER, decodable)
@@ -137,8 +141,13 @@ def select(
 
     exploring = allowance_s > 0 and rule.explore_share > 0 and table.mode is Mode.ACTIVE
     weighed: list[_Weighed] = []
-    prunes = not exploring and rule.goal is Goal.MINIMIZE_LATENCY
+    # what is worse than the best by more than trying it out may cost is neither chosen nor tried
+    spare_s = allowance_s if exploring else 0.0
+    least_worse_s = math.inf
+    prunes = rule.goal is Goal.MINIMIZE_LATENCY
+    arrives_s, encoded_s = rtt_s + wire_wait_s, rtt_s + encode_wait_s
     best_name, best_s, best_merit, best_level = "", math.inf, math.inf, UNSTABLE + 1
+    best_order = 0
     own_s = own_merit = 0.0
     own_level = -1
     for (
@@ -153,15 +162,30 @@ def select(
         margin,
         fixed,
         hopes,
+        order,
     ) in rows:
+        wire_s = native_bytes / ratio / bytes_per_s
+        # no transfer takes less than its wire, or its encoding, alone, and no merit is better than the time
+        least_s = (arrives_s + wire_s) * SAFE
+        if (
+            least_s > least_worse_s
+            and name != incumbent
+            and (best_level == FITS or least_s * margin > deadline_s)
+        ):
+            continue
         encode_s = offset_e + native_bytes / speed_e
         if encode_s < floor_e:
             encode_s = floor_e
         encode_s *= encode_factor
+        if (
+            best_level == FITS
+            and (encoded_s + encode_s) * SAFE > least_worse_s
+            and name != incumbent
+        ):
+            continue
         decode_s = offset_d + native_bytes / speed_d
         if decode_s < floor_d:
             decode_s = floor_d
-        wire_s = native_bytes / ratio / bytes_per_s
         slow_s = wire_s if wire_s > decode_s else decode_s
         seconds = wire_wait_s + (wire_s + decode_s + more * slow_s) / chunks
         if encode_s > slow_s:
@@ -174,8 +198,7 @@ def select(
             if last_s > seconds:
                 seconds = last_s
         seconds = rtt_s + seconds
-        # its merit can only be worse than its time, and no level is better
-        if seconds >= best_merit and prunes and best_level == FITS and name != incumbent:
+        if seconds > least_worse_s and best_level == FITS and name != incumbent:
             continue
 
         level = FITS
@@ -210,9 +233,18 @@ def select(
             merit = fixed
         if level < best_level or (
             level == best_level
-            and (merit < best_merit or (merit == best_merit and seconds < best_s))
+            and (
+                merit < best_merit
+                or (
+                    merit == best_merit
+                    and (seconds < best_s or (seconds == best_s and order < best_order))
+                )
+            )
         ):
             best_name, best_s, best_merit, best_level = name, seconds, merit, level
+            best_order = order
+            if prunes and level < UNSTABLE:
+                least_worse_s = merit + spare_s
         if name == incumbent:
             own_s, own_merit, own_level = seconds, merit, level
         if exploring and level < LATE:
@@ -261,6 +293,8 @@ def _explore(
             continue
         if goal is Goal.MINIMIZE_LATENCY:
             extra_s = merit - best_merit
+            if extra_s > allowance_s:
+                continue
             saved = (encode_s * (1 - left_e), wire_s * (1 - left_w), decode_s * (1 - left_d))
             # what the slowest stage saves is saved in full, of the others one chunk
             slowest = max(zip((encode_s, wire_s, decode_s), saved, strict=True))[1]

@@ -151,6 +151,7 @@ class Row(NamedTuple):
 
     Attributes:
         merit: What the goal minimises if that is no time; None if it is.
+        order: Its place among the rule's candidates, the first of which wins where all is equal.
         hopes: What is left of the time to encode, of the wire bytes and of the time to decode, were each better than
             believed by `HOPE` standard deviations.
     """
@@ -166,9 +167,10 @@ class Row(NamedTuple):
     margin: float
     merit: float | None
     hopes: tuple[float, float, float]
+    order: int
 
     @classmethod
-    def of(cls, candidate: Candidate, rule: ClassRule) -> "Row":
+    def of(cls, candidate: Candidate, rule: ClassRule, order: int) -> "Row":
         """Unfold a candidate."""
         merits = {
             Goal.MINIMIZE_LATENCY: None,
@@ -192,6 +194,7 @@ class Row(NamedTuple):
                 math.exp(-HOPE * doubt.wire),
                 math.exp(-HOPE * doubt.decode),
             ),
+            order=order,
         )
 
 
@@ -212,6 +215,8 @@ class DecisionTable:
         prior_bytes_per_s: Goodput to assume for a link nobody has measured yet.
         hysteresis: By what share another profile must be better than the one in use to take its place.
         rows: For each workload class its candidates, unfolded; made from the rest.
+        led: The same for each workload class and candidate, that candidate first: what is in use is seldom far from the
+            best, and the sooner that is known the fewer need to be looked at closely.
 
     Raises:
         SpecError: A name is not among the candidates, or the default rule is missing.
@@ -229,6 +234,7 @@ class DecisionTable:
     prior_bytes_per_s: float
     hysteresis: float = 0.0
     rows: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
+    led: Mapping[str, Mapping[str, tuple[Row, ...]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if DEFAULT_CLASS not in self.rules:
@@ -246,10 +252,18 @@ class DecisionTable:
         if missing := sorted(named - set(self.candidates)):
             raise SpecError("candidates", f"must hold {', '.join(missing)}, which is referred to")
         rows = {
-            name: tuple(Row.of(self.candidates[each], rule) for each in rule.candidates)
+            name: tuple(
+                Row.of(self.candidates[each], rule, order)
+                for order, each in enumerate(rule.candidates)
+            )
             for name, rule in self.rules.items()
         }
+        led = {
+            name: {row.name: (row, *(other for other in each if other is not row)) for row in each}
+            for name, each in rows.items()
+        }
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "led", led)
 
     def rule(self, workload_class: str) -> ClassRule:
         """Return the rule of a class; that of ``default`` for an unknown one."""
