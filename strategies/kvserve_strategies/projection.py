@@ -250,7 +250,12 @@ def inverse(
 
 def turns(matrices: Matrices, at: Positions, *, undo: bool) -> tuple[Real, Real, bool]:
     """Return how keys at these positions turn: cosine and sine ``[rotations, tokens, pairs]``, and how pairs lie."""
-    return *_tables(matrices.ropes, at, undo=undo), _interleaved(matrices.ropes)
+    return rope_turns(matrices.ropes, at, undo=undo)
+
+
+def rope_turns(ropes: tuple[Rope, ...], at: Positions, *, undo: bool) -> tuple[Real, Real, bool]:
+    """Do as `turns` for the rotations of a piece."""
+    return *_tables(ropes, at, undo=undo), _interleaved(ropes)
 
 
 @lru_cache(maxsize=_KEPT)

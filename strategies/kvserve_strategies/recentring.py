@@ -6,6 +6,7 @@ quantiser sees components without their means, and the decoder adds them in the 
 sides find the same means to the bit.
 """
 
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvserve_api.errors import ValuesError
 from kvserve_kernels import linear
 from kvserve_kernels.mean import Turning, combine, token_means
 from kvserve_strategies import projection
+from kvserve_strategies.bundle import Rope
 from kvserve_strategies.ladder import decode_levels, encode_levels
 from kvserve_strategies.projection import Matrices, Projection
 from kvserve_strategies.stage import Array, Bytes, Spec
@@ -23,6 +25,8 @@ from kvserve_strategies.stages.recentre import ROW, Recentre, rows_of
 _LARGEST: Final = 2.0**80
 _ENOUGH: Final = 256
 """Tokens that means are of, at least, in a piece that has so many: more would hardly change them, and cost time."""
+_KEPT: Final = 4
+"""Weights that are kept: chunks of the same tokens follow each other, and those of a large model take megabytes."""
 
 
 def encode(
@@ -67,25 +71,34 @@ def decode(stage: Recentre, folded: Projection, section: Bytes, spec: Spec) -> P
 
 def _means(matrices: Matrices, native: linear.Cells, spec: Spec) -> NDArray[np.float32]:
     """Return the means of a piece as a piece of one token, ``[rows, 1, heads, dim]``."""
-    cos, sin, interleaved = projection.turns(matrices, projection.positions(spec), undo=True)
     halves = native if isinstance(native, tuple) else (native,)
     rows, tokens, heads, dim = halves[0].shape
-    chosen = slice(None, None, max(1, tokens // _ENOUGH))
+    stride = max(1, tokens // _ENOUGH)
+    chosen = slice(None, None, stride)
     tables = {
         int(row): int(table)
         for base in matrices.bases
         for row, table in zip(base.rows, base.rotations, strict=True)
     }
-    turnings = [
-        Turning.of(*each, interleaved, heads, dim)
-        for each in zip(cos[:, chosen], sin[:, chosen], strict=True)
-    ]
+    turnings = _turnings(matrices.ropes, projection.positions(spec), stride, heads, dim)
     means = np.empty((rows * len(halves), 1, heads, dim), np.float32)
     for row in range(len(means)):
         table = tables.get(row, -1)
         values = halves[row // rows][row % rows, chosen]
         means[row, 0] = token_means(values, None if table < 0 else turnings[table])
     return means
+
+
+@lru_cache(maxsize=_KEPT)
+def _turnings(
+    ropes: tuple[Rope, ...], at: range, stride: int, heads: int, dim: int
+) -> tuple[Turning, ...]:
+    """Return how keys turn by each rotation, for every so many positions; the same for all layers of a piece."""
+    cos, sin, interleaved = projection.rope_turns(ropes, at, undo=True)
+    return tuple(
+        Turning.of(*each, interleaved, heads, dim)
+        for each in zip(cos[:, ::stride], sin[:, ::stride], strict=True)
+    )
 
 
 def _moved(
