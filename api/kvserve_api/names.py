@@ -24,6 +24,13 @@ RUN_PROGRESS_KEY: Final = "progress.json"
 RUN_TRIALS_KEY: Final = "trials.jsonl"
 """In a run's ConfigMap, written by the Job: one line a finished trial, from which a new pod resumes."""
 
+RUN_WORK_KEY: Final = "work.json"
+"""In a run's ConfigMap, written by index 0 of a Job of several pods: what the others are to measure."""
+RUN_RESULTS_PREFIX: Final = "results-"
+"""In a run's ConfigMap, with the index and ``.json`` behind it, written by that pod: what it measured of that."""
+
+ENV_INDEX: Final = "JOB_COMPLETION_INDEX"
+"""Environment variable with the index of a pod, which the Job controller sets."""
 ENV_ARTIFACTS: Final = "KVSERVE_ARTIFACTS"
 """Environment variable with the URL of the store of calibration bundles, of the profiling Job and of serving pods."""
 ENV_CALIBRATION_TOKENS: Final = "KVSERVE_CALIBRATION_TOKENS"

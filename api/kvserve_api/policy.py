@@ -241,6 +241,7 @@ class Profiling:
     Attributes:
         suspend: Do not start runs, and stop a running one.
         max_trials: Most strategies to measure.
+        parallelism: Pods that measure at the same time.
         active_deadline_s: Most seconds for a run.
         resources: Resource requirements of the Job's container, as Kubernetes has them.
         text: Evaluation text of the default class; None for the built-in corpus.
@@ -250,6 +251,7 @@ class Profiling:
 
     suspend: bool = False
     max_trials: int = 64
+    parallelism: int = 1
     active_deadline_s: int = 7200
     resources: Mapping[str, Any] | None = None
     text: Text | None = None
@@ -264,6 +266,7 @@ class Profiling:
         profiling = cls(
             suspend=fields.boolean("suspend", False),
             max_trials=budget.integer("maxTrials", 64, minimum=4, maximum=4096),
+            parallelism=job.integer("parallelism", 1, minimum=1, maximum=16),
             active_deadline_s=budget.integer(
                 "activeDeadlineSeconds", 7200, minimum=60, maximum=604_800
             ),

@@ -113,6 +113,7 @@ class RunInputs:
         seed: Of everything random.
         artifacts: URL of the store that calibration bundles go to; empty without one, then nothing is calibrated.
         space: Which strategies may be measured.
+        parallelism: Pods that measure at the same time; batches of the search are as large.
         drift_runs: How many runs of the policy were started because transfers were not what was profiled, this one
             included; another number is another run.
     """
@@ -127,6 +128,7 @@ class RunInputs:
     seed: int = 0
     artifacts: str = ""
     space: SpaceLimits = field(default_factory=SpaceLimits)
+    parallelism: int = 1
     drift_runs: int = 0
 
     def __post_init__(self) -> None:
@@ -147,6 +149,8 @@ class RunInputs:
         extra: dict[str, Any] = {"artifacts": self.artifacts} if self.artifacts else {}
         if not self.space.whole:
             extra["space"] = self.space.to_json()
+        if self.parallelism > 1:
+            extra["parallelism"] = self.parallelism
         if self.drift_runs:
             extra["drift_runs"] = self.drift_runs
         return extra | {
@@ -213,6 +217,7 @@ class RunInputs:
             image=image,
             artifacts=artifacts,
             space=policy.profiling.space,
+            parallelism=policy.profiling.parallelism,
             drift_runs=drift_runs,
         )
 
@@ -242,6 +247,7 @@ class RunInputs:
             seed=fields.integer("seed", 0, minimum=0),
             artifacts=fields.string("artifacts", "", max_length=2048),
             space=SpaceLimits.read(fields.child("space", {})),
+            parallelism=fields.integer("parallelism", 1, minimum=1, maximum=16),
             drift_runs=fields.integer("drift_runs", 0, minimum=0),
         )
         fields.done()

@@ -1,89 +1,34 @@
 """The answers the operator gives about a policy: pure functions from what is observed to findings."""
 
 import datetime
-import math
-from dataclasses import dataclass
-from typing import Final
 
 from kvserve_api.names import ExitCode
-from kvserve_api.policy import Policy, WorkloadClass
 from kvserve_operator import reasons
 from kvserve_operator.conflicts import self_overlap
 from kvserve_operator.drift import Runs, Verdict
-from kvserve_operator.observed import JobFacts, Observed, ProfileFacts, SetFacts, exit_code
+from kvserve_operator.findings import FALSE, MAX_MESSAGE, TRUE, UNKNOWN, Finding, Sets, finding
+from kvserve_operator.observed import JobFacts, Observed, exit_code
 from kvserve_operator.reasons import Condition, Reason
 from kvserve_operator.render import Run
-
-TRUE: Final = "True"
-FALSE: Final = "False"
-UNKNOWN: Final = "Unknown"
-_MAX_MESSAGE: Final = 2048
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """The answer to one condition.
-
-    Attributes:
-        condition: Which.
-        status: ``True``, ``False`` or ``Unknown``.
-        reason: Why, in a word.
-        message: Why, and what to do. Nothing that changes by itself: each change is a write.
-        warning: A person should look at it.
-    """
-
-    condition: str
-    status: str
-    reason: str
-    message: str
-    warning: bool = False
-
-    @property
-    def true(self) -> bool:
-        """The answer is yes."""
-        return self.status == TRUE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sets:
-    """The Pareto sets that matter for a policy.
-
-    Attributes:
-        current: The one of the current inputs, usable or not; None if there is none.
-        in_force: The usable one that serves; of earlier inputs while there is no usable current one.
-    """
-
-    current: SetFacts | None = None
-    in_force: SetFacts | None = None
-
-
-def _finding(condition: Condition, status: str, reason: Reason, message: str) -> Finding:
-    return Finding(
-        condition=condition.value,
-        status=status,
-        reason=reason.name,
-        message=message[:_MAX_MESSAGE],
-        warning=reason.warning,
-    )
 
 
 def accepted(observed: Observed) -> Finding:
     """Tell whether the policy can be worked on at all."""
     facts = observed.policy
     if facts.policy is None:
-        return _finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, facts.problem)
+        return finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, facts.problem)
     if self_overlap(facts.policy):
         text = (
             "spec.targets: every pod of one role is also selected for the other; "
             "give them labels that differ"
         )
-        return _finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, text)
+        return finding(Condition.ACCEPTED, FALSE, reasons.INVALID_POLICY, text)
     if observed.winner:
         text = (
             f"spec.targets: the older policy {observed.winner} selects the same pods; "
             "delete one of the two or narrow its selectors"
         )
-        return _finding(Condition.ACCEPTED, FALSE, reasons.CONFLICTED, text)
+        return finding(Condition.ACCEPTED, FALSE, reasons.CONFLICTED, text)
     missing = [
         f"evaluation text of workload class {name}: {text.problem}"
         for name, text in observed.texts.items()
@@ -95,8 +40,8 @@ def accepted(observed: Observed) -> Finding:
     ]
     if missing:
         text = "; ".join(missing)
-        return _finding(Condition.ACCEPTED, FALSE, reasons.EVALUATION_MISSING, text)
-    return _finding(Condition.ACCEPTED, TRUE, reasons.ACCEPTED, "the policy can be served")
+        return finding(Condition.ACCEPTED, FALSE, reasons.EVALUATION_MISSING, text)
+    return finding(Condition.ACCEPTED, TRUE, reasons.ACCEPTED, "the policy can be served")
 
 
 def targets_resolved(observed: Observed) -> Finding:
@@ -104,7 +49,7 @@ def targets_resolved(observed: Observed) -> Finding:
     policy = observed.policy.policy
     if policy is None:
         text = "the targets can't be read; see the condition Accepted"
-        return _finding(Condition.TARGETS_RESOLVED, UNKNOWN, reasons.NOT_ACCEPTED, text)
+        return finding(Condition.TARGETS_RESOLVED, UNKNOWN, reasons.NOT_ACCEPTED, text)
     empty = [t for t in policy.targets if not observed.desired.get(t.role)]
     if empty:
         wanted = " and no ".join(
@@ -112,8 +57,8 @@ def targets_resolved(observed: Observed) -> Finding:
             for t in empty
         )
         text = f"there is no {wanted} in namespace {policy.namespace}"
-        return _finding(Condition.TARGETS_RESOLVED, FALSE, reasons.NO_PODS, text)
-    return _finding(
+        return finding(Condition.TARGETS_RESOLVED, FALSE, reasons.NO_PODS, text)
+    return finding(
         Condition.TARGETS_RESOLVED, TRUE, reasons.PODS_FOUND, "there are pods of each role"
     )
 
@@ -136,7 +81,7 @@ def profiled(
     """
     condition = Condition.PROFILED
     if run is None:
-        return _finding(
+        return finding(
             condition,
             UNKNOWN,
             reasons.NOT_ACCEPTED,
@@ -145,27 +90,27 @@ def profiled(
     if sets.current and not sets.current.problem:
         text = f"ConfigMap {run.pareto} holds {sets.current.profiles} profiles"
         text += _drift(run, verdict)
-        return _finding(condition, TRUE, reasons.PROFILED, text)
+        return finding(condition, TRUE, reasons.PROFILED, text)
     kept = f"; the set {sets.in_force.meta.name} keeps serving" if sets.in_force else ""
     job = next((j for j in observed.jobs if j.meta.name == run.job), None)
     failure = _failure(observed, run, sets, job)
     if failure:
         reason, text = failure
-        return _finding(condition, FALSE, reason, text + kept)
+        return finding(condition, FALSE, reason, text + kept)
     status = TRUE if sets.in_force else FALSE
     if run.policy.profiling.suspend:
         text = "spec.profiling.suspend is true; set it to false to measure" + kept
-        return _finding(condition, status, reasons.SUSPENDED, text)
+        return finding(condition, status, reasons.SUSPENDED, text)
     stuck = _stuck(observed, run)
     if stuck:
         reason, text = stuck
-        return _finding(condition, FALSE, reason, text + kept)
+        return finding(condition, FALSE, reason, text + kept)
     text = f"Job {run.job} measures; status.profiling shows how far it is"
     if runs and runs.inputs_digest == run.digest:
         text += f"; transfers were not what was profiled: {runs.message}"
     text += kept
     reason = reasons.REPROFILING if sets.in_force else reasons.PROFILING
-    return _finding(condition, status, reason, text)
+    return finding(condition, status, reason, text)
 
 
 def _drift(run: Run, verdict: Verdict | None) -> str:
@@ -242,7 +187,7 @@ def _job_failure(observed: Observed, run: Run, job: JobFacts) -> tuple[Reason, s
 
 
 def _last_words(observed: Observed, run: Run, job: JobFacts) -> str:
-    pods = [p for p in observed.job_pods if p.job == job.meta.name and p.ended_with]
+    pods = [p for p in observed.job_pods if p.job == job.meta.name and p.ended_with and not p.helps]
     if pods:
         # the last line of a traceback says what it is about
         latest = max(pods, key=lambda pod: (pod.meta.created, pod.meta.name))
@@ -256,7 +201,8 @@ def _last_words(observed: Observed, run: Run, job: JobFacts) -> str:
 def _stuck(observed: Observed, run: Run) -> tuple[Reason, str] | None:
     """Return why the Job's pod does not run, if it should."""
     for pod in observed.job_pods:
-        if pod.job != run.job or not pod.live:
+        # a run goes on without those that help
+        if pod.job != run.job or not pod.live or pod.helps:
             continue
         if pod.image_problem:
             text = f"image {run.config.image}: {pod.image_problem}; correct profiler.image in the chart's values"
@@ -272,46 +218,6 @@ def _stuck(observed: Observed, run: Run) -> tuple[Reason, str] | None:
     return None
 
 
-def quality_feasible(policy: Policy | None, in_force: SetFacts | None) -> Finding:
-    """Tell whether each workload class has a profile other than ``none`` within its budget."""
-    condition = Condition.QUALITY_FEASIBLE
-    if policy is None or in_force is None:
-        text = "there is no Pareto set yet; see the condition Profiled"
-        return _finding(condition, UNKNOWN, reasons.NO_PROFILES, text)
-    short = []
-    for name, workload in policy.classes.items():
-        profiles = in_force.losses.get(name, in_force.losses["default"])
-        if not any(workload.budget.admits(profile) for profile in profiles):
-            short.append(_shortfall(workload, profiles))
-    if short:
-        text = "; ".join(short) + "; transfers stay uncompressed"
-        return _finding(condition, FALSE, reasons.BUDGET_TOO_TIGHT, text)
-    text = "each workload class has profiles within its quality budget"
-    return _finding(condition, TRUE, reasons.FEASIBLE, text)
-
-
-def _shortfall(workload: WorkloadClass, profiles: tuple[ProfileFacts, ...]) -> str:
-    """Return which budget a workload class would need for its least lossy profile."""
-    name = workload.name
-    field = "spec.quality" if name == "default" else f"spec.workloads[{name}].quality"
-    if not profiles:
-        return f"class {name} has no profile but none: every other is worse in all"
-    within = [p for p in profiles if p.loss_upper_bp <= workload.max_loss_bp]
-    if not within:
-        best = min(profiles, key=lambda p: (p.loss_upper_bp, p.name))
-        return (
-            f"class {name}: the least loss is {best.loss_upper_bp:.1f} basis points, of profile {best.name}; "
-            f"set {field}.maxLossBasisPoints to {math.ceil(best.loss_upper_bp)} or more to use it"
-        )
-    best = min(
-        within, key=lambda p: (len(workload.budget.failed_tasks(p)), p.loss_upper_bp, p.name)
-    )
-    return (
-        f"class {name}: of profile {best.name}, {workload.budget.told(best)}; "
-        f"raise maxItems or maxLossBasisPoints of {field}.tasks"
-    )
-
-
 def programmed(observed: Observed) -> Finding:
     """Return the controller's own answer, or that there is none."""
     for condition in observed.policy.status.get("conditions") or []:
@@ -323,19 +229,19 @@ def programmed(observed: Observed) -> Finding:
                 message=condition.get("message", ""),
             )
     text = "the controller has not reported on the policy; check that it runs and can reach the API server"
-    return _finding(Condition.PROGRAMMED, UNKNOWN, reasons.NOT_PROGRAMMED, text)
+    return finding(Condition.PROGRAMMED, UNKNOWN, reasons.NOT_PROGRAMMED, text)
 
 
 def ready(findings: list[Finding]) -> Finding:
     """Sum up: the first finding that is not True says what is missing."""
-    for finding in findings:
-        if not finding.true:
+    for one in findings:
+        if not one.true:
             return Finding(
                 condition=Condition.READY.value,
                 status=FALSE,
-                reason=finding.reason,
-                message=f"{finding.condition}: {finding.message}"[:_MAX_MESSAGE],
+                reason=one.reason,
+                message=f"{one.condition}: {one.message}"[:MAX_MESSAGE],
             )
-    return _finding(
+    return finding(
         Condition.READY, TRUE, reasons.SERVING, "all pods serve profiles within the quality budget"
     )

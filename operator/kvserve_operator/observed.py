@@ -25,6 +25,7 @@ from kvserve_api.run import Progress
 
 ANNOTATION_RESOURCES: Final = "kvserve.io/resources"
 """On a Job: the digest of its container's resources as they were asked for."""
+LABEL_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 LABEL_JOB: Final = "batch.kubernetes.io/job-name"
 _IMAGE_REASONS: Final = {
     "ErrImagePull",
@@ -175,6 +176,7 @@ class PodFacts:
         meta: Its metadata.
         labels: Its labels.
         job: The Job it belongs to, or empty.
+        helps: It is one of a Job's pods that measure what another hands out.
         live: It has not ended and is not on its way out.
         exit_code: What its container ended with; None if it did not end.
         out_of_memory: Its container was killed for using too much memory.
@@ -187,6 +189,7 @@ class PodFacts:
     meta: Meta
     labels: Mapping[str, str] = field(default_factory=dict)
     job: str = ""
+    helps: bool = False
     live: bool = True
     exit_code: int | None = None
     out_of_memory: bool = False
@@ -216,6 +219,7 @@ class PodFacts:
             meta=meta,
             labels=labels,
             job=job,
+            helps=labels.get(LABEL_INDEX, "0") != "0",
             live=live,
             exit_code=ended.get("exitCode"),
             out_of_memory=ended.get("reason") == "OOMKilled",
@@ -367,9 +371,11 @@ class Observed:
 
 
 def exit_code(job: JobFacts, pods: tuple[PodFacts, ...]) -> int | None:
-    """Return what the Job's last pod ended with, from the pod or from the Job controller's message."""
-    ended = [p for p in pods if p.job == job.meta.name and p.exit_code is not None]
+    """Return what failed the Job, from the Job controller's message, or what its last pod ended with."""
+    found = _EXIT_CODE.search(job.failure[1])
+    if found and job.failure[0] == "PodFailurePolicy":
+        return int(found.group(1))
+    ended = [p for p in pods if p.job == job.meta.name and p.exit_code is not None and not p.helps]
     if ended:
         return max(ended, key=lambda pod: (pod.meta.created, pod.meta.name)).exit_code
-    found = _EXIT_CODE.search(job.failure[1])
     return int(found.group(1)) if found else None

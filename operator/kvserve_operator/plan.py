@@ -14,9 +14,10 @@ from kvserve_api.errors import SpecError
 from kvserve_api.names import ExitCode, child_name
 from kvserve_api.run import RunInputs
 from kvserve_operator import conditions, reasons
-from kvserve_operator.conditions import Finding, Sets
 from kvserve_operator.config import ProfilerConfig
 from kvserve_operator.drift import Runs, Verdict, judge
+from kvserve_operator.feasibility import quality_feasible
+from kvserve_operator.findings import Finding, Sets
 from kvserve_operator.observed import JobFacts, Meta, Observed, exit_code
 from kvserve_operator.reasons import Condition
 from kvserve_operator.render import Manifest, Run
@@ -133,7 +134,7 @@ def plan(observed: Observed, config: ProfilerConfig) -> list[Action]:
         acceptance,
         conditions.targets_resolved(observed),
         conditions.profiled(observed, run, sets, runs, verdict),
-        conditions.quality_feasible(observed.policy.policy, sets.in_force),
+        quality_feasible(observed.policy.policy, sets.in_force),
     ]
     order = [findings[0], findings[2], findings[3], findings[1], conditions.programmed(observed)]
     findings.append(conditions.ready(order))

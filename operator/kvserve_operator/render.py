@@ -155,6 +155,7 @@ def _job(run: Run) -> Manifest:
         "backoffLimit": BACKOFF_LIMIT,
         "activeDeadlineSeconds": run.policy.profiling.active_deadline_s,
         "suspend": False,
+        **_indexed(run),
         "podFailurePolicy": {
             "rules": [
                 {
@@ -182,6 +183,14 @@ def _job(run: Run) -> Manifest:
         },
     }
     return manifest
+
+
+def _indexed(run: Run) -> dict[str, Any]:
+    """Return what makes a Job of several pods, each with its index, that ends when all have ended."""
+    pods = run.inputs.parallelism
+    if pods == 1:
+        return {}
+    return {"completionMode": "Indexed", "completions": pods, "parallelism": pods}
 
 
 def _pod_spec(run: Run) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import datetime
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from kvserve_operator.conditions import Finding, Sets
 from kvserve_operator.drift import Runs
+from kvserve_operator.findings import Finding, Sets
 from kvserve_operator.observed import Observed
 from kvserve_operator.reasons import OWN
 from kvserve_operator.render import Run

@@ -13,6 +13,7 @@ from kvserve_api.names import (
     CLAIMS_DIR,
     ENV_ARTIFACTS,
     ENV_CALIBRATION_TOKENS,
+    ENV_INDEX,
     TASKS_DIR,
     ExitCode,
 )
@@ -81,6 +82,13 @@ main.add_command(profile)
     help="Tokens to calibrate with; by default as many as the recipe takes, 0 to calibrate nothing.",
 )
 @click.option(
+    "--index",
+    envvar=ENV_INDEX,
+    type=click.IntRange(0),
+    default=0,
+    help="Of this pod among those of the Job; 0 decides, the others measure what it hands out.",
+)
+@click.option(
     "--termination-log",
     envvar="KVSERVE_TERMINATION_LOG",
     default=TERMINATION_LOG,
@@ -99,6 +107,7 @@ def job(
     policy_uid: str,
     artifacts: str,
     calibration_tokens: int | None,
+    index: int,
     termination_log: str,
 ) -> None:
     """Do the work of a profiling Job; each option has a KVSERVE_ variable."""
@@ -122,7 +131,12 @@ def job(
             artifacts=artifacts,
             calibration_tokens=calibration_tokens,
         )
-        message = run_job(options, preset_space(), grid)
+        if index:
+            from kvserve_profiler.helping import help_out
+
+            message = help_out(options, index, preset_space(), grid)
+        else:
+            message = run_job(options, preset_space(), grid)
     except Exception as error:
         code, message = exit_code(error), last_words(error)
         if not isinstance(error, KVServeError):

@@ -6,7 +6,7 @@ nothing else is asked of the API server.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -25,6 +25,7 @@ from kvserve_api.names import (
     LABEL_RUN,
     RUN_PROGRESS_KEY,
     RUN_TRIALS_KEY,
+    RUN_WORK_KEY,
     child_name,
 )
 from kvserve_api.policy import API_VERSION, KIND
@@ -113,8 +114,7 @@ class RunConfigMaps:
             SpecError: The run's ConfigMap does not exist or may not be read.
             UnavailableError: The API server does not answer.
         """
-        data = self._read(self._run_name).data or {}
-        return str(data.get(RUN_TRIALS_KEY, ""))
+        return self.read().get(RUN_TRIALS_KEY, "")
 
     def save(self, progress: Progress, log: TrialLog | None) -> None:
         """Write progress and, if there is one, the trial log.
@@ -126,16 +126,44 @@ class RunConfigMaps:
         data = {RUN_PROGRESS_KEY: canonical_json(progress.to_json()).decode()}
         if log is not None:
             data[RUN_TRIALS_KEY] = _bounded(log.lines())
+        self.write(data)
+
+    def read(self) -> dict[str, str]:
+        """Return all that is in the run's ConfigMap.
+
+        Raises:
+            SpecError: The run's ConfigMap does not exist or may not be read.
+            UnavailableError: The API server does not answer.
+        """
+        return dict(self._read(self._run_name).data or {})
+
+    def write(self, data: Mapping[str, str]) -> None:
+        """Write some keys of the run's ConfigMap; what others write stays.
+
+        Raises:
+            SpecError: The API server refuses for good.
+            UnavailableError: The API server does not answer.
+        """
         self._retrying(
             f"patch ConfigMap {self._run_name}",
             lambda: self._api.patch_namespaced_config_map(
                 self._run_name,
                 self._owner.namespace,
-                {"data": data},
+                {"data": dict(data)},
                 field_manager=FIELD_MANAGER,
                 _request_timeout=TIMEOUT_S,
             ),
         )
+
+    def offer(self, log: TrialLog | None, document: str) -> None:
+        """Write the log, if there is one, and what helpers are to measure, both at once.
+
+        Raises:
+            SpecError: The API server refuses for good.
+            UnavailableError: The API server does not answer.
+        """
+        known = {} if log is None else {RUN_TRIALS_KEY: _bounded(log.lines())}
+        self.write(known | {RUN_WORK_KEY: document})
 
     def publish(self, result: ParetoSet) -> str:
         """Create the Pareto ConfigMap and return what happened, for people.

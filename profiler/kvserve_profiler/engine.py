@@ -3,55 +3,51 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Final, TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Final, Self, TypeAlias
 
 import torch
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
-from kvserve_api.errors import KVServeError, SpecError
-from kvserve_api.otel import counter
+from kvserve_api.errors import SpecError
 from kvserve_api.profile_set import NONE, ParetoSet
-from kvserve_api.quality import TaskScore
 from kvserve_api.run import Progress
-from kvserve_api.telemetry import (
-    ATTR_OUTCOME,
-    ATTR_POLICY,
-    ATTR_PROFILE,
-    PROFILE_TRIALS,
-    SPAN_PROFILE_RUN,
-    SPAN_PROFILE_TRIAL,
-)
+from kvserve_api.telemetry import ATTR_POLICY, SPAN_PROFILE_RUN
+from kvserve_profiler.attempts import run_question, run_trial
 from kvserve_profiler.bench import Bench
 from kvserve_profiler.candidates import Candidate, gather
 from kvserve_profiler.codec import Codec
+from kvserve_profiler.crew import Alone, Crew, Item, Work
 from kvserve_profiler.fronts import unanswered
 from kvserve_profiler.model import Model
 from kvserve_profiler.narrowing import narrow
 from kvserve_profiler.outcome import pareto_set
+from kvserve_profiler.patience import Patience
 from kvserve_profiler.plan import Plan, search_is_over, unconfirmed
 from kvserve_profiler.screening import Screening, screen
 from kvserve_profiler.task import Task
 from kvserve_profiler.tasks.bench import Examiner
+from kvserve_profiler.tasks.items import TaskSet
 from kvserve_profiler.texts import unique
 from kvserve_profiler.trials import Measurement, Phase, Trial, TrialLog
 
-T = TypeVar("T")
 Report: TypeAlias = Callable[[Progress, TrialLog], None]
 
+POLL_S: Final = 1.0
+"""Between two looks at what helpers have brought."""
 SCREENED_A_REPORT: Final = 25
 """Candidates between two reports of the screening's progress."""
 _tracer = trace.get_tracer(__name__)
-_trials = counter(metrics.get_meter(__name__), PROFILE_TRIALS)
 
 
-def profile(task: Task, log: TrialLog, report: Report) -> ParetoSet:
+def profile(task: Task, log: TrialLog, report: Report, crew: Crew | None = None) -> ParetoSet:
     """Do a run, or what is left of it.
 
     Args:
         task: What to do.
         log: The task's log, with the trials of an earlier, killed run of it.
         report: Called at the start, with each step and with each finished trial.
+        crew: Other pods that measure too; None without any.
 
     Raises:
         SpecError: The model can't be loaded, or a text is too short.
@@ -65,22 +61,14 @@ def profile(task: Task, log: TrialLog, report: Report) -> ParetoSet:
         if over and not unanswered(task, log):
             return pareto_set(task, log)
         report(_progress(task, log, "loading the model"), log)
-        model = Model(task.source)
-        points = () if task.grid is None else task.grid(model.layout, task.bundle)
-        task, points = limit(task, points)
-        run = _Run(
-            task,
-            Bench(model, unique(task.texts), task.settings),
-            Examiner(model, confidence_percent=task.settings.confidence_percent),
-            gather(task.space, points, max_trials=task.inputs.max_trials, seed=task.inputs.seed),
-            report,
-        )
+        run = Run.of(task, report, crew or Alone())
+        task = run.task
         log = run.ask(run.confirm(run.search(run.screen(log))))
         return pareto_set(task, log)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """The steps of a run; each takes the log and returns it with what it added."""
 
     task: Task
@@ -88,6 +76,27 @@ class _Run:
     examiner: Examiner
     candidates: tuple[Candidate, ...]
     report: Report
+    crew: Crew = field(default_factory=Alone)
+
+    @classmethod
+    def of(cls, task: Task, report: Report, crew: Crew) -> Self:
+        """Load the model and list the candidates.
+
+        Raises:
+            SpecError: The model can't be loaded, a text is too short, or the limits leave no strategy.
+            UnsupportedError: The model has no plain KV cache.
+        """
+        model = Model(task.source)
+        points = () if task.grid is None else task.grid(model.layout, task.bundle)
+        task, points = limit(task, points)
+        return cls(
+            task,
+            Bench(model, unique(task.texts), task.settings),
+            Examiner(model, confidence_percent=task.settings.confidence_percent),
+            gather(task.space, points, max_trials=task.inputs.max_trials, seed=task.inputs.seed),
+            report,
+            crew,
+        )
 
     def screen(self, log: TrialLog) -> TrialLog:
         """Screen the candidates that were not."""
@@ -118,9 +127,10 @@ class _Run:
                 batch = plan.next(log)
             if not batch:
                 return log
-            for candidate in batch:
-                self.report(_progress(self.task, log, f"measuring {candidate.name}"), log)
-                log = log.plus(run_trial(candidate, Phase.SEARCH, self._try(plan, log, candidate)))
+            begun = plan.begun(log)
+            items = [Item(phase=Phase.SEARCH, name=c.name, strategy=c.strategy) for c in batch]
+            for trial in self._in_order(log, begun, items):
+                log = log.plus(trial)
                 self.report(_progress(self.task, log), log)
 
     def confirm(self, log: TrialLog) -> TrialLog:
@@ -143,20 +153,80 @@ class _Run:
     def ask(self, log: TrialLog) -> TrialLog:
         """Let the profiles of the result answer the tasks of their workload classes."""
         while questions := unanswered(self.task, log):
-            for number, question in enumerate(questions, start=1):
-                profile, asked = question.profile, question.asked
-                step = f"asking {question.name} of {profile.name} ({number} of {len(questions)})"
-                self.report(_progress(self.task, log, step), log)
-                candidate = Candidate(name=profile.name, strategy=profile.strategy)
-                log = log.plus(
-                    run_question(
-                        candidate,
-                        asked.key,
-                        lambda c=candidate, a=asked: self.examiner.score(self._codec(c), a),  # type: ignore[misc]
-                    )
+            items = [
+                Item(
+                    phase=Phase.TASK,
+                    name=question.profile.name,
+                    strategy=question.profile.strategy,
+                    task=question.asked.key,
                 )
+                for question in questions
+            ]
+            for _, trial in self._together(log, len(log.of(Phase.SEARCH)), items):
+                log = log.plus(trial)
                 self.report(_progress(self.task, log), log)
         return log
+
+    def do(self, log: TrialLog, searched: int, item: Item) -> Trial:
+        """Measure one thing, whoever decided it.
+
+        Args:
+            log: The log, with at least what was known when it was decided.
+            searched: Trials of the search that were known then.
+            item: What to measure.
+        """
+        candidate = Candidate(name=item.name, strategy=item.strategy)
+        if item.phase == Phase.TASK:
+            name, asked = self._asked(item.task)
+            self.report(_progress(self.task, log, f"asking {name} of {item.name}"), log)
+            return run_question(
+                candidate, item.task, lambda: self.examiner.score(self._codec(candidate), asked)
+            )
+        self.report(_progress(self.task, log, f"measuring {item.name}"), log)
+        plan = Plan.of(self.task, self.candidates, log)
+        known = log.searched(searched)
+        return run_trial(candidate, Phase.SEARCH, self._try(plan, known, candidate))
+
+    def _in_order(self, log: TrialLog, searched: int, items: Sequence[Item]) -> Iterator[Trial]:
+        """Yield the trials of a batch in its order, so that the log does not depend on who was faster."""
+        early: dict[int, Trial] = {}
+        following = 0
+        for position, trial in self._together(log, searched, items):
+            early[position] = trial
+            while following in early:
+                yield early.pop(following)
+                following += 1
+
+    def _together(
+        self, log: TrialLog, searched: int, items: Sequence[Item]
+    ) -> Iterator[tuple[int, Trial]]:
+        """Yield the trials of some items, measured here or by others, as they come, with their positions."""
+        work = Work(searched=searched, items=tuple(items))
+        self.crew.offer(log, work)
+        left = dict(enumerate(items))
+        patience = Patience()
+        while left:
+            for trial in self.crew.found():
+                for position in [p for p, item in left.items() if item.is_of(trial)]:
+                    del left[position]
+                    yield position, trial
+            mine = [position for position in left if position % self.crew.pods == 0]
+            if not left or not (mine or patience.over):
+                time.sleep(POLL_S if left else 0.0)
+                continue
+            # what nobody brought is taken over from the end, where its helper is likely not to be yet
+            position = mine[0] if mine else max(left)
+            trial = self.do(log, searched, left.pop(position))
+            patience = patience.after(trial.duration_s)
+            yield position, trial
+
+    def _asked(self, key: str) -> tuple[str, TaskSet]:
+        """Return the task of a key, with its name in the first class that has it."""
+        for checks in self.task.checks.values():
+            for name, asked in checks.items():
+                if asked.key == key:
+                    return name, asked
+        raise SpecError("task", f"{key} is none of the run's: the items of the pods differ")
 
     def _try(self, plan: Plan, log: TrialLog, candidate: Candidate) -> Callable[[], Measurement]:
         def go_on(losses_bp: Mapping[str, Sequence[float]]) -> bool:
@@ -190,60 +260,6 @@ def limit(task: Task, points: Sequence[Candidate]) -> tuple[Task, Sequence[Candi
         )
     known = len({c.strategy.digest for c in points} | allowed)
     return replace(task, counts=(len(allowed), known)), left
-
-
-def run_trial(candidate: Candidate, phase: Phase, measure: Callable[[], Measurement]) -> Trial:
-    """Measure one strategy; a strategy that can't be measured gives a failed trial."""
-    measurement, error, duration_s = _attempt(candidate, measure)
-    return Trial(
-        name=candidate.name,
-        strategy=candidate.strategy,
-        phase=phase,
-        duration_s=duration_s,
-        measurement=measurement,
-        error=error,
-    )
-
-
-def run_question(candidate: Candidate, key: str, answer: Callable[[], TaskScore]) -> Trial:
-    """Let one strategy answer a task; a prompt that the model does not take ends the run.
-
-    Raises:
-        SpecError: A prompt is too short or too long for the model.
-    """
-    score, error, duration_s = _attempt(candidate, answer, fatal=SpecError)
-    return Trial(
-        name=candidate.name,
-        strategy=candidate.strategy,
-        phase=Phase.TASK,
-        duration_s=duration_s,
-        task=key,
-        score=score,
-        error=error,
-    )
-
-
-def _attempt(
-    candidate: Candidate, measure: Callable[[], T], *, fatal: type[Exception] | tuple[()] = ()
-) -> tuple[T | None, str, float]:
-    """Return what measuring gave, or why nothing, and the seconds it took."""
-    start_s = time.perf_counter()
-    with _tracer.start_as_current_span(
-        SPAN_PROFILE_TRIAL, attributes={ATTR_PROFILE: candidate.name}
-    ) as span:
-        found, error = None, ""
-        try:
-            found = measure()
-        except fatal:
-            raise
-        # a strategy may fail in any numeric way; that is news about the strategy, not about the run
-        except (KVServeError, ArithmeticError, RuntimeError, ValueError) as failure:
-            error = f"{type(failure).__name__}: {failure}"
-            span.record_exception(failure)
-        outcome = "failed" if error else "completed"
-        span.set_attribute(ATTR_OUTCOME, outcome)
-    _trials.add(1, {ATTR_OUTCOME: outcome})
-    return found, error, time.perf_counter() - start_s
 
 
 @contextmanager

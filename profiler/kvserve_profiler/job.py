@@ -15,8 +15,10 @@ from kvserve_profiler.calibration import Calibration
 from kvserve_profiler.candidates import Candidate, Grid
 from kvserve_profiler.coalesce import Coalescer
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
+from kvserve_profiler.crew import Work
 from kvserve_profiler.engine import profile
 from kvserve_profiler.exits import last_words
+from kvserve_profiler.helpers import Helpers
 from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import UNCALIBRATED, require_feasible
 from kvserve_profiler.settings import Settings
@@ -54,6 +56,24 @@ class JobOptions:
     artifacts: str = ""
     calibration_tokens: int | None = None
 
+    def calibration(self) -> Calibration:
+        """Return how the run is calibrated."""
+        store = open_store(self.artifacts) if self.artifacts else None
+        return Calibration(store=store, tokens=self.calibration_tokens)
+
+    def task(self, inputs: RunInputs, space: Sequence[Candidate], grid: Grid | None = None) -> Task:
+        """Return the run's task, not yet calibrated.
+
+        Raises:
+            SpecError: A text, an item or the model is missing, or not the one that was planned with.
+            UnsupportedError: The model can't be profiled.
+        """
+        texts = of_inputs(inputs, self.texts)
+        checks = tasks_of_inputs(inputs, self.tasks, self.claims)
+        source = Source(location=self.model or inputs.model, revision=inputs.revision)
+        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed), grid)
+        return task.checked_by(checks)
+
 
 @dataclass(kw_only=True, slots=True)
 class State:
@@ -79,7 +99,7 @@ def run_job(options: JobOptions, space: Sequence[Candidate], grid: Grid | None =
         UnsupportedError: The model can't be profiled.
         KVServeError: Something else failed, and may work the next time.
     """
-    inputs = _read_inputs(options.inputs)
+    inputs = read_inputs(options.inputs)
     state = State()
     with closing(RunConfigMaps(options.owner, inputs.digest)) as maps:
         try:
@@ -92,6 +112,8 @@ def run_job(options: JobOptions, space: Sequence[Candidate], grid: Grid | None =
             _save_last(maps, state, last_words(error))
             raise
         _save_last(maps, state, message)
+        if inputs.parallelism > 1:
+            maps.offer(None, Work(done=True).document())
     return message
 
 
@@ -122,23 +144,17 @@ def _measure(
             writer.put((state.progress, None))
 
         state.progress = Progress(total=total, message="starting")
-        texts = of_inputs(inputs, options.texts)
-        checks = tasks_of_inputs(inputs, options.tasks, options.claims)
-        source = Source(location=options.model or inputs.model, revision=inputs.revision)
-        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed), grid)
-        task = task.checked_by(checks)
+        task = options.task(inputs, space, grid)
         earlier = maps.load()
-        calibration = Calibration(
-            store=open_store(options.artifacts) if options.artifacts else None,
-            tokens=options.calibration_tokens,
-        )
+        calibration = options.calibration()
         task = calibration.make(calibration.plan(task), earlier, tell)
         log = task.log()
         try:
             log = log.resume(earlier)
         except ArtifactError as error:
             say(f"trials of an earlier pod not used: {error}")
-        return profile(task, log, report)
+        pods = inputs.parallelism
+        return profile(task, log, report, Helpers(maps, pods, say) if pods > 1 else None)
 
 
 def _save_last(maps: RunConfigMaps, state: State, message: str) -> None:
@@ -151,7 +167,12 @@ def _save_last(maps: RunConfigMaps, state: State, message: str) -> None:
         say(f"progress not written: {last_words(error)}")
 
 
-def _read_inputs(path: Path) -> RunInputs:
+def read_inputs(path: Path) -> RunInputs:
+    """Read the inputs of a run.
+
+    Raises:
+        SpecError: They can't be read, or are wrong.
+    """
     try:
         with path.open("rb") as file:
             document = file.read(MAX_INPUTS_BYTES)

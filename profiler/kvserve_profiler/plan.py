@@ -72,13 +72,13 @@ class Plan:
         if untried := [c for c in first if c.strategy.digest not in tried]:
             return untried[:room]
         # a batch is a function of what was known when it began, so that a run killed inside it finds it again
-        begun = len(tried) - (len(tried) - len(first)) % BATCH
+        begun = self.begun(log)
         known = self.observations(log.of(Phase.SEARCH)[:begun])
         chosen = suggest(
             self.pool,
             known,
             seed=self.task.inputs.seed,
-            batch=BATCH,
+            batch=self.batch,
             budgets_bp=self.budgets_bp(log.of(Phase.SEARCH)[:begun]),
         )
         # named strategies that could not be coded come last, and say why
@@ -87,6 +87,17 @@ class Plan:
             if rest := [c for c in some if c.strategy.digest not in tried]:
                 return rest[:room]
         return []
+
+    @property
+    def batch(self) -> int:
+        """Trials of a batch."""
+        return max(BATCH, self.task.inputs.parallelism)
+
+    def begun(self, log: TrialLog) -> int:
+        """Return how many trials were known when the batch began that is being tried."""
+        first = sum(c.name in ALWAYS for c in self.candidates)
+        tried = len(log.measured(Phase.SEARCH))
+        return tried if tried < first else tried - (tried - first) % self.batch
 
     def observations(self, trials: Sequence[Trial]) -> list[Observation]:
         """Return what trials of the search tell about the pool."""

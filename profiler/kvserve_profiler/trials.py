@@ -178,6 +178,10 @@ class TrialLog:
         """Return the trials of a phase."""
         return tuple(trial for trial in self.trials if trial.phase == phase)
 
+    def searched(self, count: int) -> "TrialLog":
+        """Return the log as it was after so many trials of the search."""
+        return replace(self, trials=self.of(Phase.SEARCH)[:count])
+
     def measured(self, phase: Phase) -> frozenset[str]:
         """Return the digests of the strategies that need no further trial in a phase."""
         return frozenset(trial.strategy.digest for trial in self.of(phase))

@@ -46,6 +46,8 @@ def test_round_trip() -> None:
         pytest.param(inputs(workloads=[{"name": "code"}]), False, id="class"),
         pytest.param(inputs(profiling={"budget": {"maxTrials": 5}}), False, id="trials"),
         pytest.param(inputs(image="profiler:2"), False, id="image"),
+        pytest.param(inputs(profiling={"job": {"parallelism": 2}}), False, id="pods"),
+        pytest.param(replace(inputs(), drift_runs=1), False, id="drift"),
         pytest.param(inputs(profiling={"space": {"allow": "Lossless"}}), False, id="space"),
         pytest.param(inputs(profiling={"space": {"allow": "Any"}}), True, id="whole-space"),
         pytest.param(replace(inputs(), artifacts="s3://b"), False, id="store"),

@@ -57,7 +57,7 @@ FULL: dict[str, Any] = {
     "profiling": {
         "suspend": True,
         "budget": {"maxTrials": 9, "activeDeadlineSeconds": 60},
-        "job": {"resources": {"requests": {"cpu": 1, "memory": "2.5Gi"}}},
+        "job": {"parallelism": 3, "resources": {"requests": {"cpu": 1, "memory": "2.5Gi"}}},
         "evaluation": {"configMapRef": {"name": "texts", "key": "k"}},
         "onDrift": {"reprofile": False, "minIntervalSeconds": 5},
         "space": {
@@ -182,6 +182,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "tasks[0].pvc.path",
     ),
     ("no-limit", {"quality": {"tasks": [OTHER | {"builtIn": "LastWord"}]}}, "tasks[0]"),
+    ("pods", {"profiling": {"job": {"parallelism": 17}}}, "job.parallelism"),
     ("interval", {"profiling": {"onDrift": {"minIntervalSeconds": 4}}}, "minIntervalSeconds"),
     ("allow", {"profiling": {"space": {"allow": "Some"}}}, "space.allow"),
     ("family", {"profiling": {"space": {"include": {"families": ["x"]}}}}, "include.families[0]"),

@@ -8,8 +8,8 @@ import pytest
 import samples
 from kvserve_api.names import child_name
 from kvserve_api.quality import TaskScore
-from kvserve_operator.conditions import quality_feasible
 from kvserve_operator.config import ArtifactsConfig, ProfilerConfig
+from kvserve_operator.feasibility import quality_feasible
 from kvserve_operator.observed import Observed, PodFacts, ProfileFacts, RunFacts, TextFacts
 from kvserve_operator.plan import Apply, plan
 from operator_samples import (
@@ -197,6 +197,24 @@ FAILED: dict[str, Any] = {
         pytest.param(
             observed(
                 jobs=(job(),),
+                job_pods=(PodFacts(meta=meta("job"), job=JOB, helps=True, unschedulable="full"),),
+            ),
+            [],
+            ("False", "Profiling"),
+            id="a-helper-waits",
+        ),
+        pytest.param(
+            observed(
+                jobs=(job(failed=True, failure=("PodFailurePolicy", "failed with exit code 64")),),
+                job_pods=(PodFacts(meta=meta("job"), job=JOB, live=False, exit_code=143),),
+            ),
+            [],
+            ("False", "BadInput"),
+            id="another-pod-was-stopped",
+        ),
+        pytest.param(
+            observed(
+                jobs=(job(),),
                 job_pods=(PodFacts(meta=meta("job"), job=JOB, config_problem="no ConfigMap x"),),
             ),
             [],
@@ -329,6 +347,21 @@ def test_a_failed_task_is_told() -> None:
     )
     lossless = (*profiles, ProfileFacts(name="lossless", loss_upper_bp=0.0, lossless=True))
     assert quality_feasible(facts.policy, pareto(losses={"default": lossless})).true
+
+
+def test_several_pods_are_an_indexed_job() -> None:
+    """A policy that asks for pods gets a Job with an index for each; one that does not gets the usual one."""
+
+    def spec(**job: int) -> dict[str, Any]:
+        actions = plan(observed(policy(profiling={"job": job})), CONFIG)
+        manifests = [a.manifest for a in actions if isinstance(a, Apply)]
+        found: dict[str, Any] = next(m["spec"] for m in manifests if m["kind"] == "Job")
+        return found
+
+    several = spec(parallelism=3)
+    assert several["completionMode"] == "Indexed"
+    assert (several["completions"], several["parallelism"]) == (3, 3)
+    assert "completionMode" not in spec(parallelism=1)
 
 
 def test_the_job_gets_the_artifact_store() -> None:

@@ -345,11 +345,11 @@ def test_the_result_goes_with_the_policy(stage: Stage, space: tuple[Candidate, .
     )  # fmt: skip
 
 
-def start(stage: Stage) -> "subprocess.Popen[str]":
-    """Start the Job's process."""
+def start(stage: Stage, *, index: int = 0) -> "subprocess.Popen[str]":
+    """Start the Job's process, of several pods that of an index."""
     return subprocess.Popen(
         [sys.executable, "-m", "kvserve_profiler", "job"],
-        env=stage.environment,
+        env=stage.environment | {"JOB_COMPLETION_INDEX": str(index)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -433,3 +433,44 @@ def test_a_stopped_pod_loses_nothing(stage: Stage) -> None:
     phases = [json.loads(line)["phase"] for line in lines[2:]]
     assert phases.count("search") == 10
     assert 2 <= phases.count("confirm") <= 10
+
+
+@pytest.mark.slow
+def test_pods_of_a_job_share_its_trials(stage: Stage) -> None:
+    """Both pods are killed at some time and come again; nothing is measured twice into the log, and both end well."""
+    inputs = dataclasses.replace(stage.inputs, max_trials=12, parallelism=2)
+    stage.options.inputs.write_bytes(inputs.canonical())
+    again = dataclasses.replace(stage, inputs=inputs)
+    stage.cluster.kubectl(
+        "-n", stage.namespace, "apply", "-f", "-",
+        input=yaml.safe_dump_all([manifest("ConfigMap", again.run_name), *rbac(inputs)]),
+    )  # fmt: skip
+    helper, chief = start(again, index=1), start(again)
+    assert helper.stderr is not None
+    assert chief.stderr is not None
+    for line in helper.stderr:
+        if line.startswith("measuring"):
+            helper.kill()
+            break
+    helper.stderr.read()
+    helper.wait(60)
+    helper = start(again, index=1)
+    for line in chief.stderr:
+        if line.startswith("5/12"):
+            chief.kill()
+            break
+    chief.stderr.read()
+    chief.wait(60)
+    with start(again) as chief:
+        _, errors = chief.communicate(timeout=240)
+    assert chief.returncode == 0, errors
+    _, told = helper.communicate(timeout=60)
+    assert helper.returncode == 0, told
+    data = again.get(again.run_name)["data"]
+    trials = [json.loads(line) for line in data["trials.jsonl"].splitlines()[2:]]
+    keys = [(t["phase"], t["name"], t.get("task")) for t in trials]
+    assert len(keys) == len(set(keys))
+    assert sum(t["phase"] == "search" for t in trials) == 12
+    assert "pod 1 measured" in told
+    assert " measured 0 trials" not in told
+    assert json.loads(data["work.json"])["done"] is True
