@@ -80,9 +80,10 @@ def help_out(
 def _calibrated(options: JobOptions, task: Task, text: str) -> Task:
     """Return the task with the bundle that index 0 has made, if it has one."""
     calibration = options.calibration()
+    planned = calibration.plan(task)
     if BUNDLE_KEY not in basis_of(text):
-        return calibration.plan(task) if not calibration.store else task.without_bundle("")
-    return calibration.make(calibration.plan(task), text, say)
+        return planned.without_bundle("index 0 has none")
+    return calibration.make(planned, text, say)
 
 
 def _whole(log: TrialLog, work: Work) -> TrialLog:
