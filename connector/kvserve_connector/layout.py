@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from kvserve_api.errors import UnsupportedError
@@ -63,26 +64,47 @@ class PermutedView:
         key_order: ``[block_tokens * dim]`` int64: where the canonical element ``token * dim + d`` is stored.
         value_order: The same for values.
         dim: Size of a head.
+        key_places: The inverse: which canonical element is stored at each place.
+        value_places: The same for values.
     """
 
     halves: torch.Tensor
     key_order: torch.Tensor
     value_order: torch.Tensor
     dim: int
+    key_places: torch.Tensor
+    value_places: torch.Tensor
 
     def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `LayerView`."""
         blocks = self.halves[block_ids]
-        parts = (blocks[:, :, 0, self.key_order], blocks[:, :, 1, self.value_order])
-        shape = (*parts[0].shape[:2], -1, self.dim)
-        return parts[0].view(shape).permute(0, 2, 1, 3), parts[1].view(shape).permute(0, 2, 1, 3)
+        shape = (*blocks.shape[:2], -1, self.dim)
+        keys, values = (
+            _take(blocks[:, :, half], order).view(shape).permute(0, 2, 1, 3)
+            for half, order in enumerate((self.key_order, self.value_order))
+        )
+        return keys, values
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `LayerView`."""
         span = slice(offset * self.dim, (offset + keys.shape[0]) * self.dim)
-        halves = self.halves[block]
-        halves[:, 0, self.key_order[span]] = keys.transpose(0, 1).flatten(1)
-        halves[:, 1, self.value_order[span]] = values.transpose(0, 1).flatten(1)
+        for half, order, places, states in (
+            (0, self.key_order, self.key_places, keys),
+            (1, self.value_order, self.value_places, values),
+        ):
+            target, source = self.halves[block, :, half], states.transpose(0, 1).flatten(1)
+            if source.shape == target.shape:
+                # gathering all of a block is twice as fast as scattering into it
+                target.copy_(_take(source, places))
+            else:
+                target[:, order[span]] = source
+
+
+def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the elements of the last dimension in an order; by NumPy, which is twice as fast at it as torch."""
+    kind = {2: torch.int16, 4: torch.int32}[states.element_size()]
+    taken = np.take(states.view(kind).numpy(), order.numpy(), axis=-1)
+    return torch.from_numpy(taken).view(states.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +231,8 @@ def split_halves(
     )
     if views[0] is not None and views[1] is not None:
         return StridedView(views[0], views[1])
-    return PermutedView(halves, key_order, value_order, dim)
+    places = torch.argsort(key_order), torch.argsort(value_order)
+    return PermutedView(halves, key_order, value_order, dim, *places)
 
 
 def learn_orders(
