@@ -8,6 +8,7 @@ import pytest
 from kvserve_api.errors import SpecError
 from kvserve_connector.bundles import open_artifacts
 from kvserve_connector.config import DEFAULT_PORT, ConnectorConfig, read_labels
+from kvserve_connector.stores.config import StoreConfig
 
 
 def read(extra: dict[str, Any], **env: str) -> ConnectorConfig:
@@ -40,6 +41,17 @@ def test_defaults() -> None:
         pytest.param({"timeout_s": 1.0, "stall_s": 2.0}, "stall_s", id="stall-above-timeout"),
         pytest.param({"chunk_layers": 0}, "chunk_layers", id="no-layers"),
         pytest.param({"labels_file": "/does/not/exist"}, "labels_file", id="labels-missing"),
+        pytest.param({"store": "file:///kv"}, "store", id="store-as-text"),
+        pytest.param({"store": {}}, "store.url", id="store-without-url"),
+        pytest.param({"store": {"url": "file:///kv", "ttl": 9}}, "store.ttl", id="store-unknown"),
+        pytest.param({"store": {"url": "a:", "ttl_s": 0}}, "store.ttl_s", id="store-no-life"),
+        pytest.param({"store": {"url": "a:", "profile": "x"}}, "store.profile", id="no-preset"),
+        pytest.param(
+            {"store": {"url": "a:", "profile": "joint-3"}}, "store.profile", id="preset-calibrated"
+        ),
+        pytest.param(
+            {"store": {"url": "a:", "chunk_tokens": 100}}, "store.chunk_tokens", id="chunk-steps"
+        ),
     ],
 )
 def test_wrong_settings_name_their_field(extra: dict[str, Any], field: str) -> None:
@@ -91,3 +103,10 @@ def test_other_labels_files_are_refused(tmp_path: Path) -> None:
     path.write_text("app: chat")
     with pytest.raises(SpecError, match="app: chat"):
         read_labels(path)
+
+
+def test_a_store_is_told_in_an_object() -> None:
+    """Only its URL is needed."""
+    assert read({}).store is None
+    store = read({"store": {"url": "redis://kv:6379/0", "profile": "lossless"}}).store
+    assert store == StoreConfig(url="redis://kv:6379/0", profile="lossless")
