@@ -15,6 +15,7 @@ import torch
 
 from kvserve_api.errors import UnsupportedError
 from kvserve_api.wire import KVLayout
+from kvserve_connector.tiles import Tiles, tiled
 
 Writer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Writes keys and values ``[tokens, heads, dim]`` into a key half and a value half at slots ``[tokens]``, int64."""
@@ -105,6 +106,37 @@ def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     kind = {2: torch.int16, 4: torch.int32}[states.element_size()]
     taken = np.take(states.view(kind).numpy(), order.numpy(), axis=-1)
     return torch.from_numpy(taken).view(states.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class TiledView:
+    """A layer whose halves are in tiles.
+
+    Attributes:
+        keys: Its keys.
+        values: Its values.
+        single: The same cache, element by element, for what does not fill tiles.
+    """
+
+    keys: Tiles
+    values: Tiles
+    single: PermutedView
+
+    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `LayerView`."""
+        return self.keys.read(block_ids), self.values.read(block_ids)
+
+    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `LayerView`."""
+        step = max(self.keys.step, self.values.step)
+        whole = keys.shape[0] // step * step
+        if offset % step or not whole:
+            self.single.write(block, offset, keys, values)
+            return
+        self.keys.write(block, offset, keys[:whole])
+        self.values.write(block, offset, values[:whole])
+        if whole < keys.shape[0]:
+            self.single.write(block, offset + whole, keys[whole:], values[whole:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +264,10 @@ def split_halves(
     if views[0] is not None and views[1] is not None:
         return StridedView(views[0], views[1])
     places = torch.argsort(key_order), torch.argsort(value_order)
-    return PermutedView(halves, key_order, value_order, dim, *places)
+    single = PermutedView(halves, key_order, value_order, dim, *places)
+    keys = tiled(halves[:, :, 0], tokens, dim, key_order)
+    values = tiled(halves[:, :, 1], tokens, dim, value_order)
+    return single if keys is None or values is None else TiledView(keys, values, single)
 
 
 def learn_orders(

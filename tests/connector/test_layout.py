@@ -15,6 +15,7 @@ from kvserve_connector.layout import (
     PagedCache,
     PermutedView,
     StridedView,
+    TiledView,
     Writer,
     learn_orders,
     split_content,
@@ -94,7 +95,7 @@ def test_content_is_key_then_value() -> None:
     [
         pytest.param("vec", 128, StridedView, id="vec"),
         pytest.param("vec16", 16, StridedView, id="vec16"),
-        pytest.param("amx", 64, PermutedView, id="amx"),
+        pytest.param("amx", 64, TiledView, id="amx"),
     ],
 )
 def test_cpu_layouts_agree_with_vllm(
@@ -116,7 +117,9 @@ def test_cpu_layouts_agree_with_vllm(
 
     name = str(dtype).removeprefix("torch.")
     view = split_halves(theirs, DIM, *orders)
-    assert isinstance(view, form)
+    # pairs of four bytes each are not what matrix units take
+    plain = isa == "amx" and dtype == torch.float32
+    assert isinstance(view, PermutedView if plain else form)
     found = paged([view], block, name).read(range(1), range(3, tokens), ids)
     assert torch.equal(found[0][0], keys[3:])
     assert torch.equal(found[1][0], values[3:])

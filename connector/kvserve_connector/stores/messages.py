@@ -82,6 +82,7 @@ class StoreStep:
         finished: Requests that have ended; what is under way for them may stop.
         kept: Those of them whose blocks wait until their save has read them.
         late: How many questions took too long.
+        idle: Whether nothing is computed in this step.
     """
 
     number: int | None = None
@@ -92,6 +93,7 @@ class StoreStep:
     finished: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     late: int = 0
+    idle: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

@@ -144,6 +144,7 @@ class StoreRequests:
                 asked.save = _Save.NEVER
                 self._drop(request_id)
         if not output.total_num_scheduled_tokens:
+            self._step.idle = True
             return
         parts: list[range] = []
         saves: list[StoreSave] = []

@@ -4,7 +4,9 @@ import logging
 import threading
 import time
 from concurrent.futures import Executor
+from typing import Final
 
+from kvserve_api.profile_set import DEFAULT_CLASS
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.coding import ChunkCoder, known_stages
@@ -23,7 +25,10 @@ from kvserve_strategies import Pipeline, preset
 
 logger = logging.getLogger(__name__)
 
-LATE = "Late"
+IDLE_S: Final = 0.004
+"""So long a step that computes nothing waits for news: vLLM would ask again every millisecond, and asking takes the
+time of the core that decodes. A request that arrives meanwhile waits for no longer."""
+LATE: Final = "Late"
 """Why a prompt is computed whose lookup did not end in time."""
 
 
@@ -77,6 +82,10 @@ class StoreWorker:
         self._ended: set[str] = set()
         self._kept: set[str] = set()
         self._sent: set[str] = set()
+        self._pending: set[str] = set()
+        self._idle = False
+        self._changed = threading.Event()
+        self._warm_up(coder, coders)
         self._reader = PrefixReader(
             config,
             prefixes,
@@ -97,6 +106,10 @@ class StoreWorker:
 
     def take(self, step: StoreStep) -> None:
         """Start what a step brings; nothing here waits."""
+        self._idle = step.idle
+        with self._lock:
+            self._pending.update(lookup.prompt.request_id for lookup in step.lookups)
+            self._pending.update(load.request_id for load in step.loads)
         for lookup in step.lookups:
             self._metrics.store_tokens("asked", len(lookup.prompt.tokens) // 4 - lookup.computed)
             self._reader.ask(lookup)
@@ -116,7 +129,13 @@ class StoreWorker:
             self._ended.difference_update(step.finished)
 
     def take_results(self) -> tuple[set[str], set[str], set[int]]:
-        """Return since the last call: whose blocks were waited for and are read, what was received, and bad blocks."""
+        """Return since the last call: whose blocks were waited for and are read, what was received, and bad blocks.
+
+        In a step that computes nothing it waits a moment for what is under way.
+        """
+        if self._idle and self._pending and not self._news.found and not self._received:
+            self._changed.wait(IDLE_S)
+        self._changed.clear()
         with self._lock:
             results = (self._sent, self._received, self._invalid)
             self._sent, self._received, self._invalid = set(), set(), set()
@@ -140,6 +159,8 @@ class StoreWorker:
             self._metrics.store_tokens("found", beyond)
         with self._lock:
             self._news.found[request_id] = tokens
+            self._pending.discard(request_id)
+        self._changed.set()
 
     def _end_load(self, outcome: Loaded) -> None:
         """Take note of a load that ended; in a thread of the reader's."""
@@ -167,6 +188,8 @@ class StoreWorker:
             self._invalid.update(bad)
             if bad:
                 self._news.failed.add(load.request_id)
+            self._pending.discard(load.request_id)
+        self._changed.set()
 
     def _end_save(self, outcome: Saved) -> None:
         """Take note of a save that ended."""
@@ -186,6 +209,12 @@ class StoreWorker:
                 self._sent.add(outcome.request_id)
             else:
                 self._ended.add(outcome.request_id)
+
+    def _warm_up(self, coder: ChunkCoder, coders: Executor) -> None:
+        """Decode once what may come without a table, where it will be: what has to be compiled takes seconds."""
+        pipelines = [coding.pipeline for coding in self._codings(DEFAULT_CLASS)]
+        for done in [coders.submit(coder.warm_up, pipeline) for pipeline in pipelines]:
+            done.result()
 
     def _codings(self, workload: str) -> tuple[Coding, ...]:
         return readable(self._selector.ready, workload, self._config.profile)

@@ -30,7 +30,7 @@ from kvserve_connector.stores.messages import (
     StoreSave,
     StoreStep,
 )
-from kvserve_connector.stores.worker import ClosedStore, StoreWorker
+from kvserve_connector.stores.worker import IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
 
 CHUNK = 32
@@ -248,7 +248,18 @@ def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mon
                 raise UnavailableError("gone")
 
             monkeypatch.setattr(stores[1], name, hang)
-        assert reader.load("b", range(STOP))
+        waited_s = []
+        reader.store.take(
+            StoreStep(loads=[StoreLoad(request_id="b", tokens=range(STOP), block_ids=THERE)])
+        )
+        for idle in (False, True):
+            reader.store.take(StoreStep(idle=idle))
+            started_s = time.monotonic()
+            reader.store.take_results()
+            waited_s.append(time.monotonic() - started_s)
+        # only a step that computes nothing waits for news, and not for long
+        assert waited_s[0] < IDLE_S <= waited_s[1] < 0.2
+        assert reader.soon(lambda: "b" in reader.received)
         assert reader.invalid == set(THERE[: STOP // BLOCK])
         assert reader.totals["failures"] == {"load Timeout": 1}
         questions = [
