@@ -18,7 +18,8 @@ from kvserve_profiler.candidates import ALWAYS
 from kvserve_profiler.plan import BATCH
 from kvserve_profiler.pool import Observation, Pool
 from kvserve_profiler.search import suggest
-from kvserve_profiler.space import FAMILY, Point, Space
+from kvserve_profiler.space import Space
+from kvserve_profiler.space_point import FAMILY, Point
 from profiler_paper import paper
 
 Losses: TypeAlias = NDArray[np.float64]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from kvserve_api.errors import ArtifactError
 from kvserve_api.fields import Fields
 from kvserve_api.wire import KVLayout
-from kvserve_profiler.space import Point, Space
+from kvserve_profiler.space import Space
 from kvserve_profiler.space_families import space_of
+from kvserve_profiler.space_point import Point
 from kvserve_strategies.bundle import BasisKey
 
 SCHEMA: Final = "kvserve.io/profiler-truth/v1"

@@ -37,7 +37,7 @@ def make_request(tokens: int = 37, request_id: str = "r1", **params: Any) -> Any
     )
 
 
-def make_half(**roles: bool) -> Any:
+def make_half(**roles: Any) -> Any:
     """Return a scheduler half that knows its worker's address, two seconds after the requests' arrival."""
     from kvserve_connector.metadata import ServerAddress
     from kvserve_connector.scheduler import SchedulerHalf

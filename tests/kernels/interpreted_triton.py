@@ -534,7 +534,8 @@ def test_token_means(dtype: torch.dtype, pairs: int) -> None:
     chosen, turning = whole[::2], None
     if pairs:
         angles = tables(10_000.0 ** (-np.arange(pairs) / pairs), 1.0, 7, 70)
-        turning = Turning.of(*(table[::2] for table in angles), pairs == 4, 3, 48)
+        cos, sin = (table[::2] for table in angles)
+        turning = Turning.of(cos, sin, pairs == 4, 3, 48)
     made = mean_triton.token_means(chosen, turning)
     wanted = mean_ref.token_means(np.ascontiguousarray(array(chosen)), turning)
     np.testing.assert_array_equal(made.numpy(), wanted)

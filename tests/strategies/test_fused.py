@@ -15,7 +15,7 @@ def test_a_wrong_guess_costs_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
     keys, values = small_cache(3, 300, torch.float32)
     pipeline = Pipeline.of(joint(*grid(0.3)), write_small_bundle(tmp_path / "bundle"))
     expected = bytes(pipeline.encode(keys, values))
-    cut = fused.stream_groups
+    cut = fused.stream_groups  # type: ignore[attr-defined]
     for more in (0, 1, 7):
         monkeypatch.setattr(fused, "stream_groups", lambda *a, more=more: cut(*a) + more)
         assert bytes(pipeline.encode(keys, values)) == expected

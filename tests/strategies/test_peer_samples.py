@@ -26,7 +26,10 @@ def round_trip(name: str, native: torch.Tensor) -> list[torch.Tensor]:
     """Return what a preset gives back of rows ``[tokens, 1, dim]`` sent in float32 as keys and as values."""
     x = native.float()[None]
     pipeline = Pipeline.of(preset(name))
-    keys, values = pipeline.decode(pipeline.encode(x, x), shape=tuple(x.shape), dtype=torch.float32)
+    layers, tokens, heads, dim = x.shape
+    keys, values = pipeline.decode(
+        pipeline.encode(x, x), shape=(layers, tokens, heads, dim), dtype=torch.float32
+    )
     return [keys[0, :, 0], values[0, :, 0]]
 
 

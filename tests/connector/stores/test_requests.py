@@ -254,7 +254,11 @@ def test_prompts_have_everything_that_decides_their_kv() -> None:
     lora = make_request(
         64, lora_request=SimpleNamespace(lora_name="a", lora_path="/adapters/a", lora_int_id=1)
     )
-    extras = [_prompt(request).extras for request in (plain, salted, lora)]
-    assert extras == [(), ("salt tenant-1",), ("a", "/adapters/a")]
+    prompts = [_prompt(request) for request in (plain, salted, lora)]
+    assert [prompt and prompt.extras for prompt in prompts] == [
+        (),
+        ("salt tenant-1",),
+        ("a", "/adapters/a"),
+    ]
     plain.prompt_token_ids = None
     assert _prompt(plain) is None

@@ -227,7 +227,7 @@ def test_a_store_that_is_down_costs_a_miss(tmp_path: Path) -> None:
 def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that gets no answer ends in time, and so do questions when all who ask are stuck."""
     release = threading.Event()
-    real = worker_module.open_kv_store
+    real = worker_module.open_kv_store  # type: ignore[attr-defined]
     stores: list[Any] = []
 
     def opened(*args: Any, **kwargs: Any) -> Any:
