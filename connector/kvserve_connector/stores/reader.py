@@ -337,10 +337,14 @@ class PrefixReader:
             self._link.promise(-sum(promised))
             for _, arriving in getting:
                 arriving.cancel()
-            # before the end is known to anyone, every write into the cache has ended
-            for value, _, job in decoding:
-                if not job.cancel() and job.exception() is None:
-                    done.append(value)
+            # before the end is known to anyone, every write into the cache has ended; what is whole is kept
+            ended = load.request_id in self._cancelled
+            while decoding:
+                job = decoding[0][2]
+                if (ended and job.cancel()) or job.exception() is not None:
+                    decoding.popleft()
+                else:
+                    settle()
             outcome.stop = max(outcome.stop, min(whole_until(wanted, done), load.tokens.stop))
 
     def _ahead(self, value_bytes: float) -> int:

@@ -255,10 +255,7 @@ def test_prompts_have_everything_that_decides_their_kv() -> None:
         64, lora_request=SimpleNamespace(lora_name="a", lora_path="/adapters/a", lora_int_id=1)
     )
     prompts = [_prompt(request) for request in (plain, salted, lora)]
-    assert [prompt and prompt.extras for prompt in prompts] == [
-        (),
-        ("salt tenant-1",),
-        ("a", "/adapters/a"),
-    ]
+    extras = [prompt.extras for prompt in prompts if prompt is not None]
+    assert extras == [(), ("salt tenant-1",), ("a", "/adapters/a")]
     plain.prompt_token_ids = None
     assert _prompt(plain) is None

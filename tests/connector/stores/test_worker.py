@@ -30,6 +30,7 @@ from kvserve_connector.stores.messages import (
     StoreSave,
     StoreStep,
 )
+from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.worker import IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
 
@@ -227,7 +228,7 @@ def test_a_store_that_is_down_costs_a_miss(tmp_path: Path) -> None:
 def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that gets no answer ends in time, and so do questions when all who ask are stuck."""
     release = threading.Event()
-    real = worker_module.open_kv_store  # type: ignore[attr-defined]
+    real = open_kv_store
     stores: list[Any] = []
 
     def opened(*args: Any, **kwargs: Any) -> Any:
