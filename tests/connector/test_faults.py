@@ -55,25 +55,26 @@ def producer() -> Iterator[ProducerProcess]:
 @pytest.mark.slow
 def test_a_frozen_producer_is_a_timeout(producer: ProducerProcess) -> None:
     """A producer that is stopped ends a transfer by `stall_s`, before as in the middle of it, and serves on after."""
-    with pair(timeout_s=8.0, stall_s=0.5) as both:
+    with pair(timeout_s=12.0, stall_s=1.5) as both:
         producer.signal(signal.SIGSTOP)
         try:
             started_s = time.monotonic()
             outcome = both.fetch(both.load("r0", ALL, TO, port=producer.port))
             assert outcome.failure == "Timeout"
-            assert time.monotonic() - started_s < 2.5
+            assert time.monotonic() - started_s < 4
         finally:
             producer.signal(signal.SIGCONT)
-        with HostileProxy(producer.port, bytes_per_s=100_000) as proxy:
+        with HostileProxy(producer.port) as proxy:
             load = both.load("r1", ALL, TO, port=proxy.port)
             both.client.start(load)
-            proxy.wait_forwarded(20_000)
+            proxy.wait_forwarded(10_000)
             producer.signal(signal.SIGSTOP)
             try:
-                # what has left the producer already may pass; then there is silence
-                assert both.outcome(load.request_id, 6.0).failure in ("Timeout", "")
+                outcome = both.outcome(load.request_id, 4.0)
             finally:
                 producer.signal(signal.SIGCONT)
+            assert outcome.failure == "Timeout"
+            assert 10_000 < outcome.wire_bytes < outcome.native_bytes
         assert both.fetch(both.load("r2", ALL, TO, port=producer.port)).failure == ""
         assert arrived(both)
 
@@ -83,14 +84,15 @@ def test_a_killed_producer_is_a_lost_peer(producer: ProducerProcess) -> None:
     """A producer that is killed in the middle ends the transfer at once; one that is gone refuses the next at once."""
     with pair(timeout_s=8.0, stall_s=4.0) as both:
         assert both.fetch(both.load("r3", ALL, TO, port=producer.port)).failure == ""
-        with HostileProxy(producer.port, bytes_per_s=100_000) as proxy:
+        with HostileProxy(producer.port) as proxy:
             load = both.load("r4", ALL, TO, port=proxy.port)
             both.client.start(load)
-            proxy.wait_forwarded(20_000)
-            proxy.cut()
+            proxy.wait_forwarded(10_000)
             producer.signal(signal.SIGKILL)
             started_s = time.monotonic()
-            assert both.outcome(load.request_id, 3.0).failure == "PeerLost"
+            outcome = both.outcome(load.request_id, 2.0)
+            assert outcome.failure == "PeerLost"
+            assert 10_000 < outcome.wire_bytes < outcome.native_bytes
         # the kept connection of the first fetch is dead, and nobody listens any more
         outcome = both.fetch(both.load("r5", ALL, TO, port=producer.port))
         assert outcome.failure == "PeerLost"
@@ -262,7 +264,9 @@ def test_a_full_disk_keeps_prefixes_out(tiny_disk: Path) -> None:
     with pytest.raises(UnavailableError):
         store.put("bb22", b"y" * 60_000, timeout_s=5.0)
     assert store.get("bb22", max_bytes=1 << 20, timeout_s=5.0) is None
-    assert store.get("aa11", max_bytes=1 << 20, timeout_s=5.0) == bytearray(b"x" * 20_000)
+    kept = store.get("aa11", max_bytes=1 << 20, timeout_s=5.0)
+    assert kept is not None
+    assert bytes(kept) == b"x" * 20_000
 
 
 SOAK = 1_000

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kv_loopback import pair
 
 LEASES = 8
 TOKENS = 80
+CHUNK_S = 0.2
 BLOCKS = (3, 9, 5, 20, 11)
 
 
@@ -46,6 +49,14 @@ def producer_process() -> Iterator[ProducerProcess]:
 def main() -> None:
     """Serve until the process is killed, or who started it has gone."""
     with pair(stall_s=30.0, timeout_s=60.0, lease_s=600.0) as both:
+        read = both.source.read
+
+        def read_slowly(*arguments: Any) -> Any:
+            # a chunk after the other, so that there is a middle of a transfer
+            time.sleep(CHUNK_S)
+            return read(*arguments)
+
+        both.source.read = read_slowly  # type: ignore[assignment,method-assign]
         for index in range(LEASES):
             both.lease(f"r{index}", TOKENS, BLOCKS)
         print(both.server.port, flush=True)
