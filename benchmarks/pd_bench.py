@@ -28,7 +28,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -217,12 +216,14 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     _say(f"about {options.minutes:.0f} min, and {START_S:.0f} s for the engines' start")
     rows: list[dict[str, Any]] = []
     with (
-        tempfile.TemporaryDirectory(prefix="kvserve-bench-") as folder,
         pd_links.laid() as link,
-        pd_servers.running(link, model, pd_profiles.artifacts(options.cache), Path(folder)) as pair,
+        pd_servers.running(
+            link, model, pd_profiles.artifacts(options.cache), OUT / "pd-logs"
+        ) as pair,
     ):
         run = Run(pair, pareto, documents)
         started_s = time.perf_counter()
+        _say(f"the engines run after {started_s - start_s:.0f} s; their logs: {OUT / 'pd-logs'}")
         speeds = run.warm_up()
         left_s = budget_s - (time.perf_counter() - started_s)
         conditions = plan(speeds, budget_s=left_s, quick=quick)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,8 +51,10 @@ class Controller:
 
     def start(self) -> None:
         """Start it."""
+        # what an earlier run left would be taken for this one's
+        shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("policies", "profiles"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            (self.folder / name).mkdir(parents=True)
         self.log = self.folder / "controller.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

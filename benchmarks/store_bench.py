@@ -22,7 +22,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -255,7 +254,6 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     _say(f"about {size.seconds / 60:.0f} min, and {START_S:.0f} s for the engines' start")
     rows: list[Row] = []
     with (
-        tempfile.TemporaryDirectory(prefix="kvserve-bench-") as folder,
         pd_links.laid() as link,
         _store() as store,
     ):
@@ -264,7 +262,8 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
             for end, decides in zip(link.ends, (False, True), strict=True)
         ]
         artifacts = pd_profiles.artifacts(options.cache)
-        with pd_servers.running(link, model, artifacts, Path(folder), roles) as pair:
+        with pd_servers.running(link, model, artifacts, OUT / "store-logs", roles) as pair:
+            _say(f"the engines run; their logs: {OUT / 'store-logs'}")
             for row in Bench(pair, pareto, documents, store, "redis").measure(size):
                 rows.append(row)
                 _say(
