@@ -14,7 +14,7 @@ import optuna
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from kvserve_profiler.candidates import ALWAYS
+from kvserve_profiler.candidates import ALWAYS, PER_TRIAL
 from kvserve_profiler.plan import BATCH
 from kvserve_profiler.pool import Observation, Pool
 from kvserve_profiler.search import suggest
@@ -29,6 +29,8 @@ Search: TypeAlias = Generator[int, Losses, None]
 
 POPULATION: Final = 20
 """Of NSGA-II: some generations must fit into a few hundred evaluations."""
+SHARE: Final = 50
+"""The budget of evaluations is one in so many of the space."""
 _STALE: Final = 2000
 """So many individuals in a row that were measured before, or can't be, end an evolution."""
 _MAX_DRAWS: Final = 1 << 17
@@ -44,6 +46,7 @@ class Problem:
         pool: Their features, ratios and codec times.
         texts: How many texts there are.
         budget_bp: What loses more is worth nothing.
+        forecast_bp: ``[points, texts, windows, 2]``: what is forecast of each loss, by each window of a text alone.
     """
 
     space: Space
@@ -51,6 +54,7 @@ class Problem:
     pool: Pool
     texts: int
     budget_bp: float
+    forecast_bp: NDArray[np.float64]
 
 
 def random(problem: Problem, seed: int) -> Search:
@@ -127,19 +131,60 @@ def nsga2(problem: Problem, seed: int) -> Search:
 
 
 def kvserve(problem: Problem, seed: int) -> Search:
-    """Measure what a profiling run does: what it always measures first, then batches of what the engine suggests."""
+    """Measure what a profiling run does that screens all strategies.
+
+    A run forecasts by one window of each text, its first; here the seed says by which.
+    """
+    yield from _engine(problem, _forecast(problem, seed), seed, range(len(problem.points)))
+
+
+def unforecast(problem: Problem, seed: int) -> Search:
+    """Measure what the engine suggests if nothing is forecast."""
+    yield from _engine(problem, None, seed, range(len(problem.points)))
+
+
+def sampled(problem: Problem, seed: int) -> Search:
+    """Measure what a profiling run does whose trials are one in `SHARE`: it screens a sample of the strategies."""
+    count = len(problem.points) // SHARE * PER_TRIAL
+    presets = np.flatnonzero(problem.pool.starts)
+    others = np.setdiff1d(np.random.default_rng(seed).permutation(len(problem.points)), presets)
+    rest = np.random.default_rng(seed).permutation(others)[: max(count - len(presets), 0)]
+    chosen = [*presets.tolist(), *sorted(rest.tolist())]
+    yield from _engine(problem, _forecast(problem, seed), seed, chosen)
+
+
+def _forecast(problem: Problem, seed: int) -> NDArray[np.float64]:
+    """Return ``[points, texts, 2]`` forecasts by a window of each text."""
+    windows = np.random.default_rng(seed).integers(problem.forecast_bp.shape[2], size=problem.texts)
+    texts = np.arange(problem.texts)
+    return problem.forecast_bp[:, texts, windows]
+
+
+def _engine(
+    problem: Problem, forecast: NDArray[np.float64] | None, seed: int, screened: Sequence[int]
+) -> Search:
+    """Measure what is always measured first, then batches of what the engine suggests of some strategies."""
+    chosen = list(screened)
+    whole = problem.pool
+    pool = Pool(
+        features=whole.features[chosen],
+        ratio=whole.ratio[chosen],
+        codec_s=whole.codec_s[chosen],
+        forecast=None if forecast is None else forecast[chosen],
+        starts=None if whole.starts is None else whole.starts[chosen],
+    )
     presets = problem.space.presets()
-    index_of = {point: index for index, point in enumerate(problem.points)}
+    index_of = {problem.points[index]: at for at, index in enumerate(chosen)}
     batch = [index_of[presets[name]] for name in ALWAYS]
     observations: list[Observation] = []
     while batch:
         found = []
         for index in batch:
-            losses = yield index
+            losses = yield chosen[index]
             found.append(Observation(index=index, losses_bp=losses.tolist()))
         observations += found
         batch = suggest(
-            problem.pool,
+            pool,
             observations,
             seed=seed,
             batch=BATCH,
@@ -159,6 +204,8 @@ METHODS: Final[Mapping[str, Callable[[Problem, int], Search]]] = MappingProxyTyp
         "Sobol": sobol,
         "NSGA-II": nsga2,
         "KVServe paper": the_paper,
+        "KVServe, no forecasts": unforecast,
+        "KVServe, sampled": sampled,
         "KVServe": kvserve,
     }
 )

@@ -31,9 +31,10 @@ from kvserve_profiler.exits import last_words
 from kvserve_profiler.pool import Pool
 from kvserve_profiler.quality import BASIS_POINTS
 from kvserve_profiler.screening import structure_of
+from kvserve_profiler.sensitivity import MOST_NATS
 from profiler_curves import TARGET, Outcome, Scoring
 from profiler_figure import draw
-from profiler_methods import METHODS, Problem, replay
+from profiler_methods import METHODS, SHARE, Problem, replay
 from profiler_table import Table
 
 ROOT: Final = Path(__file__).parents[1]
@@ -41,8 +42,6 @@ TABLE: Final = ROOT / "benchmarks" / "data" / "profiler-truth.csv"
 OUT: Final = ROOT / "build" / "bench"
 FIGURE: Final = ROOT / "docs" / "figures" / "profiler-convergence.png"
 BUDGET_BP: Final = float(DEFAULT_MAX_LOSS_BP)
-SHARE: Final = 50
-"""The budget of evaluations is one in so many of the space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +60,22 @@ class Effort:
 
 
 WHOLE: Final = {
-    "random": Effort(20, 0, 0.003),
-    "Sobol": Effort(20, 1000, 0.005),
-    "NSGA-II": Effort(10, 800, 0.01),
-    "KVServe paper": Effort(10, 150, 0.15),
-    "KVServe": Effort(10, 120, 0.4),
+    "random": Effort(10, 0, 0.003),
+    "Sobol": Effort(10, 1000, 0.005),
+    "NSGA-II": Effort(10, 400, 0.01),
+    "KVServe paper": Effort(10, 100, 0.15),
+    "KVServe, no forecasts": Effort(10, 65, 0.5),
+    "KVServe, sampled": Effort(10, 80, 0.1),
+    "KVServe": Effort(10, 120, 0.2),
 }
 QUICK: Final = {
     "random": Effort(3, 0, 0.003),
     "Sobol": Effort(3, 500, 0.005),
     "NSGA-II": Effort(3, 200, 0.01),
-    "KVServe paper": Effort(2, 60, 0.1),
-    "KVServe": Effort(3, 50, 0.25),
+    "KVServe paper": Effort(2, 65, 0.1),
+    "KVServe, no forecasts": Effort(1, 65, 0.5),
+    "KVServe, sampled": Effort(3, 65, 0.05),
+    "KVServe": Effort(3, 65, 0.1),
 }
 
 
@@ -149,6 +152,10 @@ def problem_of(table: Table) -> tuple[Problem, NDArray[np.float64], Scoring]:
         pool=pool,
         texts=len(kinds),
         budget_bp=BUDGET_BP,
+        forecast_bp=np.expm1(
+            np.stack([table.forecast[:, chosen] for chosen in of_kind], axis=1).clip(0, MOST_NATS)
+        )
+        * BASIS_POINTS,
     )
     truth = np.expm1(windows.mean(axis=2)) * BASIS_POINTS
     return problem, np.expm1(windows) * BASIS_POINTS, Scoring(pool, truth, BUDGET_BP)

@@ -23,7 +23,7 @@ from kvserve_profiler.space_families import space_of
 from kvserve_profiler.space_point import Point
 from kvserve_strategies.bundle import BasisKey
 
-SCHEMA: Final = "kvserve.io/profiler-truth/v1"
+SCHEMA: Final = "kvserve.io/profiler-truth/v2"
 DIGEST_DIGITS: Final = 16
 COLUMNS: Final = {
     "name": "the strategy's name in the space",
@@ -34,6 +34,8 @@ COLUMNS: Final = {
     "evaluation_s": "processor seconds of one thread for the whole evaluation, on all windows",
     "kl": "mean divergence from the exact predictions, in nats a token, of each stretch of each window: stretches of a "
     "window separated by spaces, windows by semicolons, in the order of 'windows'",
+    "forecast": "what the error of the decoded cache is forecast to cost, in nats a token: directed and scattered "
+    "(kvserve_profiler.sensitivity), separated by spaces, windows by semicolons",
 }
 _NUMBER: Final = "{:.4g}"
 
@@ -50,6 +52,7 @@ class Row:
         decode_s: See `COLUMNS`.
         evaluation_s: See `COLUMNS`.
         kl: For each window the divergence of each stretch.
+        forecast: For each window the directed and the scattered forecast.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Row:
     decode_s: float
     evaluation_s: float
     kl: tuple[tuple[float, ...], ...]
+    forecast: tuple[tuple[float, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as an object."""
@@ -70,24 +74,31 @@ class Row:
             "decode_s": self.decode_s,
             "evaluation_s": self.evaluation_s,
             "kl": self.kl,
+            "forecast": self.forecast,
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Undo `to_json`."""
-        kl = tuple(tuple(float(x) for x in window) for window in value["kl"])
-        return cls(**{**value, "kl": kl})
+        nested = {
+            key: tuple(tuple(float(x) for x in window) for window in value[key])
+            for key in ("kl", "forecast")
+        }
+        return cls(**{**value, **nested})
 
     def cells(self) -> list[str]:
         """Return the row as cells of the table."""
-        windows = (" ".join(_NUMBER.format(x) for x in window) for window in self.kl)
         numbers = (self.ratio, self.encode_s, self.decode_s, self.evaluation_s)
-        return [self.name, self.digest, *map(_NUMBER.format, numbers), ";".join(windows)]
+        nested = (
+            ";".join(" ".join(map(_NUMBER.format, window)) for window in windows)
+            for windows in (self.kl, self.forecast)
+        )
+        return [self.name, self.digest, *map(_NUMBER.format, numbers), *nested]
 
     @classmethod
     def of_cells(cls, cells: Sequence[str]) -> Self:
         """Undo `cells`."""
-        name, digest, *numbers, kl = cells
+        name, digest, *numbers, kl, forecast = cells
         ratio, encode_s, decode_s, evaluation_s = map(float, numbers)
         return cls(
             name=name,
@@ -97,6 +108,7 @@ class Row:
             decode_s=decode_s,
             evaluation_s=evaluation_s,
             kl=tuple(tuple(map(float, window.split())) for window in kl.split(";")),
+            forecast=tuple(tuple(map(float, window.split())) for window in forecast.split(";")),
         )
 
 
@@ -113,6 +125,7 @@ class Table:
         decode_s: ``[points]``.
         evaluation_s: ``[points]``, processor seconds of an evaluation on all windows.
         kl: ``[points, windows, stretches]``, nats a token.
+        forecast: ``[points, windows, 2]``, nats a token: directed and scattered.
         kinds: For each window the kind of its text.
         provenance: What it was measured with.
     """
@@ -125,6 +138,7 @@ class Table:
     decode_s: NDArray[np.float64]
     evaluation_s: NDArray[np.float64]
     kl: NDArray[np.float64]
+    forecast: NDArray[np.float64]
     kinds: tuple[str, ...]
     provenance: Mapping[str, Any]
 
@@ -165,6 +179,7 @@ class Table:
             decode_s=np.array([row.decode_s for row in chosen]),
             evaluation_s=np.array([row.evaluation_s for row in chosen]),
             kl=np.array([row.kl for row in chosen]),
+            forecast=np.array([row.forecast for row in chosen]),
             kinds=tuple(window["kind"] for window in provenance["windows"]),
             provenance=provenance,
         )

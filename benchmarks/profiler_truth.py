@@ -32,9 +32,11 @@ from kvserve_profiler.exits import last_words
 from kvserve_profiler.identity import identify
 from kvserve_profiler.model import KV, Model, Source
 from kvserve_profiler.quality import divergence
+from kvserve_profiler.sensitivity import Sensitivity
 from kvserve_profiler.settings import Settings
-from kvserve_profiler.space import Point, Space
+from kvserve_profiler.space import Space
 from kvserve_profiler.space_families import bases_of, space_of
+from kvserve_profiler.space_point import Point
 from kvserve_profiler.windows import Window, cut
 from kvserve_strategies import config_needs_bundle
 from kvserve_strategies.bundle import Bundle
@@ -150,6 +152,10 @@ class Truth:
         self._caches = [model.prefill(window.prefix) for window in windows]
         self._tokens = [window.continuation for window in windows]
         self._exact = model.log_probabilities_of(self._tokens, self._caches)
+        self._sensitivities = [
+            Sensitivity.of(model, cache, tokens, samples=SETTINGS.gradients, seed=SEED)
+            for cache, tokens in zip(self._caches, self._tokens, strict=True)
+        ]
 
     def row(self, space: Space, point: Point) -> Row:
         """Measure one strategy.
@@ -177,14 +183,22 @@ class Truth:
             native += self._model.layout.native_bytes(cache.tokens)
             wire += len(blob)
         losses = self._losses(decoded, lossless=codec.lossless)
+        evaluation_s = time.thread_time() - begin_s
+        forecasts = [
+            sensitivity.forecast(exact, other)
+            for sensitivity, exact, other in zip(
+                self._sensitivities, self._caches, decoded, strict=True
+            )
+        ]
         return Row(
             name=space.name_of(point),
             digest=short(strategy.digest),
             ratio=native / wire,
             encode_s=min(encode_s),
             decode_s=min(decode_s),
-            evaluation_s=time.thread_time() - begin_s,
+            evaluation_s=evaluation_s,
             kl=losses,
+            forecast=tuple((one.directed, one.scattered) for one in forecasts),
         )
 
     def _losses(self, decoded: list[KV], *, lossless: bool) -> tuple[tuple[float, ...], ...]:

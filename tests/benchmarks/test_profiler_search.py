@@ -39,6 +39,7 @@ def rows_of(space: Space) -> list[Row]:
                 decode_s=0.002,
                 evaluation_s=0.5,
                 kl=tuple((loss * text, loss * text * 1.5) for text in (1, 2, 1, 2)),
+                forecast=tuple((loss * text, 2 * loss * text) for text in (1, 2, 1, 2)),
             )
         )
     return rows
