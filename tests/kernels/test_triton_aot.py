@@ -55,7 +55,7 @@ def test_arithmetic_is_as_defined(case: aot.Case, architecture: int) -> None:
 
 
 def test_decoder_is_short() -> None:
-    """Where streams or groups share what a channel costs, a level takes at most 40 instructions to decode."""
+    """Where streams or groups share what a channel costs, a level takes at most 32 instructions to decode."""
     for name in ("rans.decode.4", "rans.decode.groups"):
         for counts in BUDGETS["kernels"][name]["counts"].values():
-            assert counts["instructions"] <= 40
+            assert counts["instructions"] <= 32

@@ -56,16 +56,16 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     below = bit - 1
     x = tl.load(states + stream[:, None] * 32 + lane[None, :], mask=live, other=65536)
     x = x.to(tl.uint32, bitcast=True)
-    begin = tl.load(offsets + stream, mask=stream < streams, other=0)
+    at = tl.load(offsets + stream, mask=stream < streams, other=0)
     # one behind the last word: where a stream stays that ran over its end, so that reads stay inside the padding
-    limit = tl.load(offsets + stream + 1, mask=stream < streams, other=0) - begin + 1
-    window = (words + begin)[:, None]
-    at = tl.zeros([STREAMS], tl.int32)
-    row = values + place
+    limit = tl.load(offsets + stream + 1, mask=stream < streams, other=0) + 1
+    # streams lie side by side, so that one address serves all
+    row = values + (tl.program_id(0) * (STREAMS * GROUPS * 32) + lane)[None, :]
+    beside = (tl.arange(0, STREAMS) * (GROUPS * 32))[:, None]
     facts = channel_facts
     table = tl.load(facts)
     for _ in range(channels):
-        table_row = slots + table
+        first_slot = table
         row += tl.load(facts + 3)
         scale = tl.load(facts + 1)
         base = scale
@@ -80,14 +80,15 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             inside = live
             if GROUPS > 1:
                 inside = live & (place + g * 32 < tokens)
-            slot = x & 4095
-            entry = tl.load(table_row + slot).to(tl.uint32, bitcast=True)
+            # a table begins at a multiple of its size; an index of 32 bits costs one instruction less than an address
+            slot = (x & 4095).to(tl.int32) | first_slot
+            entry = tl.load(slots + slot).to(tl.uint32, bitcast=True)
             high = x >> 12
             y = (entry & 0xFFF) * high + (high + (entry >> 20))
             due = inside & (y < 65536)
             ballot = tl.sum(tl.where(due, bit, 0).to(tl.uint32), 1).to(tl.uint32)
             rank = bit_count(ballot[:, None] & below).to(tl.int32)
-            word = tl.load(window + (at[:, None] + rank))
+            word = tl.load(words + (at[:, None] + rank))
             y = tl.where(due, (y << 16) | word.to(tl.uint16, bitcast=True).to(tl.uint32), y)
             at = tl.minimum(at + bit_count(ballot).to(tl.int32), limit)
             x = y if GROUPS == 1 else tl.where(inside, y, x)
@@ -98,7 +99,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                     plane = plane_at + b + (stream * GROUPS + g) * low_bits
                     raw = tl.load(planes + plane, mask=first + g * 32 < tokens, other=0)
                     value += ((raw[:, None] >> lane[None, :]) & 1) << b
-            tl.store(row + g * 32, value.to(tl.int16), mask=inside)
+            tl.store(row + (beside + g * 32), value.to(tl.int16), mask=inside)
         facts += 4
     wrong = tl.max(tl.where(live & (x != 65536), 1, 0), 1)
     tl.store(sound + stream, ((wrong == 0) & (at == limit - 1)).to(tl.int8), mask=stream < streams)
