@@ -10,7 +10,7 @@ index 0 takes over what nobody brings, and finds in the log, and in the helpers'
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -120,7 +120,19 @@ class Work:
 class Crew(Protocol):
     """The other pods, as the deciding one sees them."""
 
-    pods: int
+    @property
+    def pods(self) -> int:
+        """How many pods there are to be, the deciding one included."""
+        ...
+
+    @property
+    def present(self) -> Collection[int]:
+        """Indices of the helpers that are worth waiting for."""
+        ...
+
+    def give_up(self, index: int) -> None:
+        """Wait for a helper no more, until it brings something."""
+        ...
 
     def offer(self, log: TrialLog, work: Work) -> None:
         """Hand out work; the log must be known first."""
@@ -135,6 +147,10 @@ class Alone:
     """No other pods."""
 
     pods = 1
+    present: Collection[int] = ()
+
+    def give_up(self, index: int) -> None:
+        """There is nobody to wait for."""
 
     def offer(self, log: TrialLog, work: Work) -> None:
         """Hand out nothing."""

@@ -210,12 +210,16 @@ class Run:
                 for position in [p for p, item in left.items() if item.is_of(trial)]:
                     del left[position]
                     yield position, trial
-            mine = [position for position in left if position % self.crew.pods == 0]
-            if not left or not (mine or patience.over):
-                time.sleep(POLL_S if left else 0.0)
+            if not left:
+                return
+            mine = [p for p in left if p % self.crew.pods not in self.crew.present]
+            if not mine and not patience.over:
+                time.sleep(POLL_S)
                 continue
-            # what nobody brought is taken over from the end, where its helper is likely not to be yet
-            position = mine[0] if mine else max(left)
+            if not mine:
+                for index in {p % self.crew.pods for p in left}:
+                    self.crew.give_up(index)
+            position = mine[0] if mine else min(left)
             trial = self.do(log, searched, left.pop(position))
             patience = patience.after(trial.duration_s)
             yield position, trial

@@ -1,6 +1,6 @@
 """The other pods of a Job, by the keys of the run's ConfigMap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from kvserve_api.errors import ArtifactError, UnavailableError
 from kvserve_api.names import RUN_RESULTS_PREFIX
@@ -23,6 +23,18 @@ class Helpers:
         self.pods = pods
         self._maps = maps
         self._say = say
+        self._brought: dict[int, str] = {}
+        self._given_up: dict[int, str] = {}
+
+    @property
+    def present(self) -> Collection[int]:
+        """Indices of the helpers that have signed in, but for those that let us wait and brought nothing since."""
+        return [i for i, text in self._brought.items() if self._given_up.get(i) != text]
+
+    def give_up(self, index: int) -> None:
+        """Wait for a helper no more, until it brings something."""
+        self._say(f"pod {index} brings nothing: index 0 measures its share")
+        self._given_up[index] = self._brought.get(index, "")
 
     def offer(self, log: TrialLog, work: Work) -> None:
         """Hand out work."""
@@ -39,9 +51,11 @@ class Helpers:
             self._say(f"nothing was brought: {error}")
             return []
         found = []
-        for index in range(1, self.pods):
+        keys = {index: results_key(index) for index in range(1, self.pods)}
+        self._brought = {index: data[key] for index, key in keys.items() if data.get(key)}
+        for index, text in self._brought.items():
             try:
-                found += read_results(data.get(results_key(index), ""))
+                found += read_results(text)
             except ArtifactError as error:
                 self._say(f"results of pod {index} not used: {error}")
         return found

@@ -65,6 +65,9 @@ def help_out(
             if helper is None:
                 task = _calibrated(options, task, text)
                 helper = Run.of(task, lambda progress, _: say(progress.message), Alone())
+                # whoever has signed in is waited for
+                maps.write({results_key(index): write_results(mine)})
+                continue
             try:
                 log = _whole(task.log().resume(text), work)
             except ArtifactError as error:

@@ -32,7 +32,13 @@ class Twins:
         self.helper = helper
         self.task = helper.task
         self.absent = absent
+        self.present = set(range(1, PODS))
         self.brought: list[Trial] = []
+
+    def give_up(self, index: int) -> None:
+        """Those who are absent have signed in all the same."""
+        assert index in self.absent
+        self.present.discard(index)
 
     def offer(self, log: TrialLog, work: Work) -> None:
         """Measure, from what goes over the wire."""
