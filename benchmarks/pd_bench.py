@@ -207,7 +207,7 @@ class Run:
 def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     """Do all that ``make bench-pd`` does, and return the document."""
     start_s = time.perf_counter()
-    model = options.model or pd_profiles.model_folder()
+    model = (options.model or pd_profiles.model_folder()).resolve()
     pareto = pd_profiles.measured(model, options.bundle, options.cache)
     documents = pd_load.tokens(pd_load.texts(options.texts), model)
     if not options.texts.is_dir():

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
+from testcluster.process import system_env
+
 UNSHAPED_MBIT: Final = 100_000.0
 """More than a pair of veths carries: the class stays, so that nothing that waits in it is lost."""
 WIRE: Final = "wire"
@@ -159,10 +161,9 @@ def _remove(link: Link) -> None:
 
 
 def _run(*command: str) -> str:
-    env = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
     try:
         done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=60, check=False
+            command, env=system_env(), capture_output=True, text=True, timeout=60, check=False
         )
     except OSError as error:
         raise LinkError(f"{command[0]}: {error}") from error

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from kvserve_api.profile_set import ParetoSet
 from pd_links import End, Link, inside
-from testcluster.process import die_with_parent
+from testcluster.process import die_with_parent, system_env
 
 PORT: Final = 8000
 """Of each engine's HTTP server: every namespace has its own ports."""
@@ -276,7 +276,7 @@ def _start(
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": dict(connector),
     }
-    env = os.environ | {
+    env = system_env() | {
         "VLLM_CPU_OMP_THREADS_BIND": str(core),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

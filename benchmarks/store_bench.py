@@ -248,7 +248,7 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     """Do all that ``make bench-store`` does, and return the document."""
     start_s = time.perf_counter()
     size = QUICK if quick else Size()
-    model = options.model or pd_profiles.model_folder()
+    model = (options.model or pd_profiles.model_folder()).resolve()
     pareto = pd_profiles.measured(model, options.bundle, options.cache)
     documents = pd_load.tokens(pd_load.texts(options.texts), model)
     _say(f"about {size.seconds / 60:.0f} min, and {START_S:.0f} s for the engines' start")
