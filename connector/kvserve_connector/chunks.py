@@ -13,7 +13,7 @@ MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
 LEAST_CUTS: Final = 12
 """So many groups of layers has a transfer that goes on while its prefill runs: one of them is left when that ends."""
-AHEAD_TOKENS: Final = 512
+AHEAD_TOKENS: Final = 1024
 """Most tokens of its chunks: what is ready at the end in one piece is coded, sent and decoded one after the other."""
 AHEAD_RANGES: Final = 256
 """Most ranges of tokens that it is cut into."""

@@ -219,7 +219,7 @@ def test_plans_of_running_prefills_are_fine_and_finite(
     check_cover(chunks, layout, range(tokens))
     assert len(chunks) <= MAX_CHUNKS
     assert max(len(chunk.layers) for chunk in chunks) <= max(multiple, -(-layers // 12))
-    assert max(len(chunk.tokens) for chunk in chunks) <= max(512, tokens // 256 + 128)
+    assert max(len(chunk.tokens) for chunk in chunks) <= max(1024, tokens // 256 + 128)
 
 
 WANTED = range(40)
