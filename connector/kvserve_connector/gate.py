@@ -9,8 +9,7 @@ import ipaddress
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Final
 
 from kvserve_api.credentials import Credentials, Loaded, certificate_digest
@@ -97,6 +96,22 @@ class Door:
         self._lock = threading.Lock()
         self._strangers: OrderedDict[FrameSocket, None] = OrderedDict()
 
+    def knock(self, frames: FrameSocket) -> None:
+        """Give a new connection a place among the strangers, and take it from the oldest if there is none.
+
+        To be called in the order in which connections come, and `leave` for each of them in the end.
+        """
+        with self._lock:
+            self._strangers[frames] = None
+            if len(self._strangers) > MAX_STRANGERS:
+                oldest, _ = self._strangers.popitem(last=False)
+                oldest.interrupt()
+
+    def leave(self, frames: FrameSocket) -> None:
+        """Give a connection's place to others; it has become a member, or has ended."""
+        with self._lock:
+            self._strangers.pop(frames, None)
+
     def admit(self, frames: FrameSocket, port: int) -> None:
         """Let a member in; of who is none a few hundred bytes are read.
 
@@ -110,21 +125,20 @@ class Door:
             TransferError: It is gone or silent.
         """
         loaded = Loaded() if self._credentials is None else self._credentials.current()
-        with self._watched(frames):
-            frames.set_budget(HANDSHAKE_S)
-            encrypted = frames.first_byte() == _TLS_HANDSHAKE
-            if encrypted != (loaded.server is not None):
-                raise UnauthenticatedError(
-                    "TLS is not spoken here: tls_cert_file is not set"
-                    if encrypted
-                    else "TLS is wanted here: set tls_ca_file"
-                )
-            if loaded.server is not None:
-                frames.secure(loaded.server, server_side=True)
-            if self._credentials is None:
-                return
+        frames.set_budget(HANDSHAKE_S)
+        encrypted = frames.first_byte() == _TLS_HANDSHAKE
+        if encrypted != (loaded.server is not None):
+            raise UnauthenticatedError(
+                "TLS is not spoken here: tls_cert_file is not set"
+                if encrypted
+                else "TLS is wanted here: set tls_ca_file"
+            )
+        if loaded.server is not None:
+            frames.secure(loaded.server, server_side=True)
+        if self._credentials is not None:
             target = _target(self._config.advertise_host, port)
             handshake.answer(frames, loaded.secrets, target, loaded.certificate)
+        self.leave(frames)
 
     def expect_no(self, kind: Kind) -> None:
         """Say what is wrong with a frame that is no request.
@@ -142,23 +156,7 @@ class Door:
         with suppress(KVServeError):
             frames.set_budget(FAREWELL_S)
             frames.send(Refuse(reason=error.reason, detail=str(error)).pack())
-        with self._watched(frames):
-            frames.drain(FAREWELL_S, FAREWELL_BYTES)
-
-    @contextmanager
-    def _watched(self, frames: FrameSocket) -> Iterator[None]:
-        """Hold a place among the strangers, and take it from the oldest if there is none."""
-        with self._lock:
-            self._strangers[frames] = None
-            oldest = next(iter(self._strangers))
-            if len(self._strangers) > MAX_STRANGERS:
-                del self._strangers[oldest]
-                oldest.interrupt()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._strangers.pop(frames, None)
+        frames.drain(FAREWELL_S, FAREWELL_BYTES)
 
 
 def _credentials(config: ConnectorConfig, *, serves: bool) -> Credentials | None:

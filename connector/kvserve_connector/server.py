@@ -183,9 +183,11 @@ class TransferServer:
             if not self._room.acquire(blocking=False):
                 connection.close()
                 continue
+            frames = FrameSocket(connection, self._config.stall_s)
+            self._door.knock(frames)
             threading.Thread(
                 target=self._serve,
-                args=(FrameSocket(connection, self._config.stall_s), str(address[0])),
+                args=(frames, str(address[0])),
                 name="kvserve-send",
                 daemon=True,
             ).start()
@@ -220,6 +222,7 @@ class TransferServer:
             logger.exception("connection from %s failed", peer)
         finally:
             frames.close()
+            self._door.leave(frames)
             self._open.discard(frames)
             self._room.release()
 

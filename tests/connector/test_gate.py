@@ -57,7 +57,7 @@ def fetch(both: Pair, name: str = "a", port: int | None = None) -> str:
     both.lease(name, 20, FROM)
     started_s = time.monotonic()
     outcome = both.fetch(both.load(name, range(20), TO, port=port))
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < 5
     if not outcome.failure:
         ours = both.source.read_tokens(range(LAYOUT.layers), range(20), FROM)
         theirs = both.target.read_tokens(range(LAYOUT.layers), range(20), TO)
@@ -222,7 +222,11 @@ def test_silent_strangers_keep_nobody_out(members: Members) -> None:
             for stranger in crowd[:MAX_STRANGERS]:
                 with contextlib.suppress(ConnectionResetError):
                     assert stranger.recv(1) == b""
-            assert threading.active_count() <= before + MAX_STRANGERS + 4
+            deadline_s = time.monotonic() + 5
+            most = before + MAX_STRANGERS + 4
+            while threading.active_count() > most and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+            assert threading.active_count() <= most
         finally:
             for stranger in crowd:
                 stranger.close()
