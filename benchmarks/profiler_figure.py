@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 
 COLOURS: Final = {
     "KVServe": "#0b6e4f",
+    "KVServe, sampled": "#3fa7d6",
+    "KVServe, no forecasts": "#8fbf6b",
     "KVServe paper": "#6a4c93",
     "NSGA-II": "#b5651d",
     "Sobol": "#33658a",
