@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from kvserve_api.credentials import Credentials
 from kvserve_api.errors import SpecError, UnsupportedError
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
@@ -33,6 +34,7 @@ from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
 from kvserve_connector.stores.messages import StoreNews
+from kvserve_connector.stores.sealed import no_secrets
 from kvserve_connector.stores.worker import ClosedStore, StoreWorker
 from kvserve_connector.threads import name_thread
 from kvserve_strategies import Pipeline
@@ -199,6 +201,7 @@ class WorkerHalf:
                 self._selector,
                 self._bundles,
                 self._metrics,
+                _secrets(self._config),
             )
 
     @property
@@ -357,6 +360,14 @@ class WorkerHalf:
             if not any(pipeline is warm for warm in self._warm):
                 self._coder.warm_up(pipeline)
         self._warm = pipelines
+
+
+def _secrets(config: ConnectorConfig) -> Callable[[], Sequence[bytes]]:
+    """Return what tells this deployment's secrets, as new as their file."""
+    if not config.credentials:
+        return no_secrets
+    credentials = Credentials(config.credentials, PATH, serves=False)
+    return lambda: credentials.current().secrets
 
 
 def _own_version() -> str:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final
 
@@ -19,6 +20,7 @@ from kvserve_connector.stores.messages import StoreNews, StoreStep
 from kvserve_connector.stores.prefixes import PrefixStore
 from kvserve_connector.stores.rates import Coding, readable
 from kvserve_connector.stores.reader import Loaded, PrefixReader
+from kvserve_connector.stores.sealed import SealedStore, no_secrets
 from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.writer import PrefixWriter, Saved
 from kvserve_strategies import Pipeline, preset
@@ -44,6 +46,7 @@ class StoreWorker:
         selector: Holds the decision table in force.
         bundles: The calibration bundles of this pod.
         metrics: Where everything is counted.
+        secrets: What values are sealed with, see `kvserve_connector.stores.sealed`.
 
     Raises:
         SpecError: The store's URL is none.
@@ -59,6 +62,7 @@ class StoreWorker:
         selector: Selector,
         bundles: BundleBook,
         metrics: Metrics,
+        secrets: Callable[[], Sequence[bytes]] = no_secrets,
     ) -> None:
         self._config = config
         self._block_tokens = cache.form.parts[0].block_rows
@@ -73,7 +77,11 @@ class StoreWorker:
             timeout_s=config.timeout_s,
         )
         prefixes = PrefixStore(
-            self._store, cache.form, weights, coder, chunk_tokens=config.chunk_tokens
+            SealedStore(self._store, secrets),
+            cache.form,
+            weights,
+            coder,
+            chunk_tokens=config.chunk_tokens,
         )
         self._lock = threading.Lock()
         self._news = StoreNews()
