@@ -70,8 +70,13 @@ class Sensitivity:
             samples=samples,
             generator=torch.Generator().manual_seed(seed),
         )
-        found = torch.stack([torch.stack(pair).flatten() for pair in drawn])
-        return cls(found, found.square().mean(dim=0))
+        found = torch.empty(samples, 2 * kv.keys.numel())
+        for row, pair in zip(found, drawn, strict=True):
+            torch.stack(pair, out=row.view(2, *kv.keys.shape))
+        squares = torch.zeros_like(found[0])
+        for row in found:
+            squares.addcmul_(row, row, value=1 / samples)
+        return cls(found, squares)
 
     def forecast(self, exact: KV, decoded: KV) -> Forecast:
         """Return what an error of the cache is expected to cost.
