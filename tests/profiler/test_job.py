@@ -452,15 +452,13 @@ def test_pods_of_a_job_share_its_trials(stage: Stage) -> None:
         if line.startswith("measuring"):
             helper.kill()
             break
-    helper.stderr.read()
-    helper.wait(60)
+    helper.communicate(timeout=60)
     helper = start(again, index=1)
     for line in chief.stderr:
         if line.startswith("5/12"):
             chief.kill()
             break
-    chief.stderr.read()
-    chief.wait(60)
+    chief.communicate(timeout=60)
     with start(again) as chief:
         _, errors = chief.communicate(timeout=240)
     assert chief.returncode == 0, errors
