@@ -146,6 +146,7 @@ def unforecast(problem: Problem, seed: int) -> Search:
 def sampled(problem: Problem, seed: int) -> Search:
     """Measure what a profiling run does whose trials are one in `SHARE`: it screens a sample of the strategies."""
     count = len(problem.points) // SHARE * PER_TRIAL
+    assert problem.pool.starts is not None
     presets = np.flatnonzero(problem.pool.starts)
     others = np.setdiff1d(np.random.default_rng(seed).permutation(len(problem.points)), presets)
     rest = np.random.default_rng(seed).permutation(others)[: max(count - len(presets), 0)]
