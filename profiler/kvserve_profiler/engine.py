@@ -122,6 +122,10 @@ class Run:
     def search(self, log: TrialLog) -> TrialLog:
         """Try strategies as the search suggests them, one after the other."""
         plan = Plan.of(self.task, self.candidates, log)
+
+        def latest() -> TrialLog:
+            return log
+
         while True:
             with _one_thread(self.task.settings.threads):
                 batch = plan.next(log)
@@ -129,7 +133,7 @@ class Run:
                 return log
             begun = plan.begun(log)
             items = [Item(phase=Phase.SEARCH, name=c.name, strategy=c.strategy) for c in batch]
-            for trial in self._in_order(log, begun, items):
+            for trial in self._in_order(latest, begun, items):
                 log = log.plus(trial)
                 self.report(_progress(self.task, log), log)
 
@@ -152,6 +156,10 @@ class Run:
 
     def ask(self, log: TrialLog) -> TrialLog:
         """Let the profiles of the result answer the tasks of their workload classes."""
+
+        def latest() -> TrialLog:
+            return log
+
         while questions := unanswered(self.task, log):
             items = [
                 Item(
@@ -162,7 +170,7 @@ class Run:
                 )
                 for question in questions
             ]
-            for _, trial in self._together(log, len(log.of(Phase.SEARCH)), items):
+            for _, trial in self._together(latest, len(log.of(Phase.SEARCH)), items):
                 log = log.plus(trial)
                 self.report(_progress(self.task, log), log)
         return log
@@ -187,22 +195,27 @@ class Run:
         known = log.searched(searched)
         return run_trial(candidate, Phase.SEARCH, self._try(plan, known, candidate))
 
-    def _in_order(self, log: TrialLog, searched: int, items: Sequence[Item]) -> Iterator[Trial]:
+    def _in_order(
+        self, latest: Callable[[], TrialLog], searched: int, items: Sequence[Item]
+    ) -> Iterator[Trial]:
         """Yield the trials of a batch in its order, so that the log does not depend on who was faster."""
         early: dict[int, Trial] = {}
         following = 0
-        for position, trial in self._together(log, searched, items):
+        for position, trial in self._together(latest, searched, items):
             early[position] = trial
             while following in early:
                 yield early.pop(following)
                 following += 1
 
     def _together(
-        self, log: TrialLog, searched: int, items: Sequence[Item]
+        self, latest: Callable[[], TrialLog], searched: int, items: Sequence[Item]
     ) -> Iterator[tuple[int, Trial]]:
-        """Yield the trials of some items, measured here or by others, as they come, with their positions."""
+        """Yield the trials of some items, measured here or by others, as they come, with their positions.
+
+        The log is asked for anew each time: the caller adds to it what was yielded.
+        """
         work = Work(searched=searched, items=tuple(items))
-        self.crew.offer(log, work)
+        self.crew.offer(latest(), work)
         left = dict(enumerate(items))
         patience = Patience()
         while left:
@@ -220,7 +233,7 @@ class Run:
                 for index in {p % self.crew.pods for p in left}:
                     self.crew.give_up(index)
             position = mine[0] if mine else min(left)
-            trial = self.do(log, searched, left.pop(position))
+            trial = self.do(latest(), searched, left.pop(position))
             patience = patience.after(trial.duration_s)
             yield position, trial
 

@@ -196,7 +196,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-fno-omit-frame-pointer",
         # quick to compile; what is checked is the same
         "-O1",
-        "-g",
+        "-g1",
     )
     return library
 
