@@ -101,10 +101,11 @@ class HostileProxy:
                     self.forwarded += self.freeze_at - done
                     self._closed.wait()
                     break
+                if self.bytes_per_s is not None:
+                    # as on a wire: the last byte arrives when its time has come
+                    time.sleep(len(data) / self.bytes_per_s)
                 sink.sendall(data)
                 done += len(data)
                 self.forwarded += len(data)
-                if self.bytes_per_s is not None:
-                    time.sleep(len(data) / self.bytes_per_s)
             sink.shutdown(socket.SHUT_RDWR)
             source.shutdown(socket.SHUT_RDWR)
