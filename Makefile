@@ -6,7 +6,7 @@ PY := .venv/bin/python
 STAMP := .venv/.synced
 # Tests share the cores, but for those that start whole nodes and servers.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PYTHONPATH := tools/testcluster:tools/demo
 
 .PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push bench-pd bench-store demo cluster-up cluster-down lock proto crds clean bench-profiler

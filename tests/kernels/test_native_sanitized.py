@@ -9,7 +9,7 @@ import pytest
 
 from kvserve_kernels.native import build
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 PAYLOADS = 200_000
 SECTIONS = 1_000

@@ -17,7 +17,7 @@ from kvserve_kernels.native.build import library_path
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.prefix) / "bin" / "uv"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

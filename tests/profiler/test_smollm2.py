@@ -12,6 +12,7 @@ import smollm2
 from kvserve_api.profile_set import ParetoSet
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_end_to_end(tmp_path: Path) -> None:
     """A search of twelve trials without a bundle finds what is known of this model: 8 bits are free, 2 are not."""

@@ -254,6 +254,7 @@ def attempt_blob(rng: random.Random, one: Subject, other: Subject) -> bool:
     return False
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_payloads(subjects: list[Subject], capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +267,7 @@ def test_payloads(subjects: list[Subject], capsys: pytest.CaptureFixture[str]) -
     assert all(refused[one.name] > 0 for one in subjects)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_blobs(subjects: list[Subject], capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,6 +277,7 @@ def test_blobs(subjects: list[Subject], capsys: pytest.CaptureFixture[str]) -> N
     assert all(refused[one.name] > 0 for one in subjects)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory(subjects: list[Subject]) -> None:
     """No damage makes a decoder ask for more memory than the form of the tensors explains."""
