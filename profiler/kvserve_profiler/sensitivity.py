@@ -42,7 +42,8 @@ class Sensitivity:
     """What errors of one window's cache cost.
 
     Attributes:
-        gradients: ``[samples, numbers of the cache]`` float32, keys before values.
+        gradients: ``[samples, numbers of the cache]`` bfloat16, keys before values: the noise of so few is much larger
+            than its rounding.
         squares: ``[numbers of the cache]`` float32: the mean of their squares.
     """
 
@@ -70,12 +71,12 @@ class Sensitivity:
             samples=samples,
             generator=torch.Generator().manual_seed(seed),
         )
-        found = torch.empty(samples, 2 * kv.keys.numel())
+        found = torch.empty(samples, 2 * kv.keys.numel(), dtype=torch.bfloat16)
+        squares = torch.zeros(2 * kv.keys.numel())
         for row, pair in zip(found, drawn, strict=True):
-            torch.stack(pair, out=row.view(2, *kv.keys.shape))
-        squares = torch.zeros_like(found[0])
-        for row in found:
-            squares.addcmul_(row, row, value=1 / samples)
+            gradient = torch.stack(pair).flatten()
+            squares.addcmul_(gradient, gradient, value=1 / samples)
+            row.copy_(gradient)
         return cls(found, squares)
 
     def forecast(self, exact: KV, decoded: KV) -> Forecast:
@@ -91,7 +92,7 @@ class Sensitivity:
                 decoded.values.float() - exact.values.float(),
             ]
         ).flatten()
-        along = self.gradients @ error
+        along = (self.gradients @ error.to(torch.bfloat16)).float()
         return Forecast(
             directed=_nats(along.square().mean()),
             scattered=_nats(self.squares @ error.square_()),
