@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 import resource
 import time
@@ -32,7 +33,8 @@ from kvserve_strategies.peers import PEERS
 from kvserve_strategies.split import Extent, cut
 from kvserve_strategies.stages import ExponentCode, Grid, Ladder, PredictLayer, Rans
 
-TOTAL: Final = 1_000_000
+TOTAL: Final = int(os.environ.get("KVSERVE_FUZZ_PAYLOADS", "300000"))
+"""``make fuzz`` takes a million."""
 BLOBS: Final = 20_000
 TRACED: Final = 40
 """Payloads of each strategy and dtype whose decoding is watched for memory."""
