@@ -223,7 +223,7 @@ def run(script: str, library: Path, count: int) -> str:
 
 
 def test_hostile_payloads_read_nothing_else(sanitized: Path) -> None:
-    """Tens of thousands of cut, flipped, spliced and random payloads: no report of a sanitizer, on any instruction set."""
+    """Tens of thousands of cut, flipped, spliced and random payloads: no report, on any instruction set."""
     exact, refused = map(int, run(HOSTILE, sanitized, PAYLOADS).split())
     # low bits are not protected, and some changes change nothing
     assert exact > 0

@@ -1,4 +1,4 @@
-"""A million damaged payloads: each is refused with a reason or gives finite tensors of the right form."""
+"""Damaged payloads by the hundred thousand: each is refused with a reason or gives finite tensors."""
 
 import dataclasses
 import math
