@@ -29,7 +29,7 @@ class Settings:
     continuation_tokens: int = 128
     max_windows: int = 4
     first_windows: int = 1
-    gradients: int = 16
+    gradients: int = 0
     block_tokens: int = 32
     resamples: int = 2000
     confidence_percent: float = 95.0
