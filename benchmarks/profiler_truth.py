@@ -44,7 +44,9 @@ from profiler_table import Row, Table, short, space_to_document
 
 ROOT: Final = Path(__file__).parents[1]
 TABLE: Final = ROOT / "benchmarks" / "data" / "profiler-truth.csv"
-SETTINGS: Final = Settings(prefix_tokens=256, continuation_tokens=16, max_windows=2, block_tokens=8)
+SETTINGS: Final = Settings(
+    prefix_tokens=256, continuation_tokens=16, max_windows=2, block_tokens=8, gradients=16
+)
 """Windows are of each kind of text."""
 MAX_CHARS: Final = 400_000
 SEED: Final = 0

@@ -35,6 +35,7 @@ def run_local(
     text_files: Mapping[str, Path],
     task_files: Mapping[tuple[str, str], Path],
     threads: int,
+    gradients: int = 0,
     artifacts: str = "",
     calibration_tokens: int | None = None,
 ) -> None:
@@ -47,6 +48,7 @@ def run_local(
         text_files: Text of each workload class that does not use the default class's.
         task_files: Items of each class and task that are not built in.
         threads: Threads of the model.
+        gradients: See `Settings`.
         artifacts: URL of a store that gets the calibration bundle too; empty for none.
         calibration_tokens: See `Calibration`.
 
@@ -62,7 +64,7 @@ def run_local(
         texts = _texts(inputs, text_files)
         inputs = _with_digests(inputs, texts, text_files)
         source = Source(location=str(model))
-        settings = Settings(seed=inputs.seed, threads=threads)
+        settings = Settings(seed=inputs.seed, threads=threads, gradients=gradients)
         task = Task.of(inputs, source, texts, preset_space(), settings, grid)
         task = task.checked_by(of_files(inputs, task_files))
         store = open_store(artifacts) if artifacts else None

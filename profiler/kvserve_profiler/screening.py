@@ -133,26 +133,31 @@ def screen(
     forecasts: dict[str, tuple[tuple[float, float], ...]] = {}
     encode_s: dict[str, float] = {}
     decode_s: dict[str, float] = {}
+    forecasts_wanted = probes[0].sensitivity is not None
     for done, candidate in enumerate(candidates):
         tell(done)
         structure = structure_of(candidate.strategy)
         try:
             codec = codec_of(candidate)
-            coded = [_code(codec, probe) for probe in probes[: 1 if codec.lossless else None]]
-            if structure not in decode_s:
+            # without a forecast decoding tells nothing but the time of the structure
+            new = structure not in decode_s
+            used = probes if forecasts_wanted and not codec.lossless else probes[:1]
+            coded = [_code(codec, probe, decode=new or forecasts_wanted) for probe in used]
+            if new:
                 # the first call of a structure may compile
-                coded[0] = _code(codec, probes[0])
+                coded[0] = _code(codec, probes[0], decode=True)
         # it may fail in any numeric way; what can't be coded is no candidate
         except (KVServeError, ArithmeticError, RuntimeError, ValueError):
             continue
         first = coded[0]
         ratios[candidate.strategy.digest] = native_bytes / first.wire_bytes
         encode_s[structure] = min(first.encode_s, encode_s.get(structure, first.encode_s))
-        decode_s[structure] = min(first.decode_s, decode_s.get(structure, first.decode_s))
+        if first.decode_s is not None:
+            decode_s[structure] = min(first.decode_s, decode_s.get(structure, first.decode_s))
         forecasts[candidate.strategy.digest] = tuple(
             one.forecast_bp for one in coded if one.forecast_bp is not None
         )
-        if codec.lossless and probes[0].sensitivity is not None:
+        if codec.lossless and forecasts_wanted:
             forecasts[candidate.strategy.digest] = ((0.0, 0.0),) * len(probes)
     found: dict[str, Cheap | None] = {}
     for candidate in candidates:
@@ -174,12 +179,14 @@ def screen(
 class _Coded:
     wire_bytes: int
     encode_s: float
-    decode_s: float
+    decode_s: float | None
     forecast_bp: tuple[float, float] | None
 
 
-def _code(codec: Codec, probe: Probe) -> _Coded:
+def _code(codec: Codec, probe: Probe, *, decode: bool) -> _Coded:
     encode_s, blob = timed(partial(codec.encode, probe.kv))
+    if not decode:
+        return _Coded(len(blob), encode_s, None, None)
     decode_s, decoded = timed(partial(codec.decode, blob, probe.kv.tokens))
     forecast_bp = None
     if probe.sensitivity is not None:
