@@ -9,7 +9,7 @@ WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PYTHONPATH := tools/testcluster:tools/demo
 
-.PHONY: help setup native setup-cluster lint format test test-fast fuzz bench-codec bench-controller bench-push bench-pd bench-store demo cluster-up cluster-down lock proto crds clean bench-profiler
+.PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push bench-pd bench-store demo cluster-up cluster-down lock proto crds clean bench-profiler
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,9 +45,6 @@ test: setup-cluster lint ## Set everything up and run all tests
 
 test-fast: setup-cluster ## The tests that run on every change
 	.venv/bin/pytest $(PARALLEL) -m "not slow"
-
-fuzz: native ## A million damaged payloads through the decoders, a fifth of them under AddressSanitizer too (ten minutes)
-	KVSERVE_FUZZ_PAYLOADS=1000000 .venv/bin/pytest $(PARALLEL) tests/strategies/test_fuzz.py tests/kernels/test_native_sanitized.py
 
 bench-codec: $(STAMP) ## Measure our codecs beside peers' own code and draw the frontier (says how long; QUICK=1: two minutes)
 	$(PY) benchmarks/codec_peers.py

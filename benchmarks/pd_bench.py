@@ -32,7 +32,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
@@ -47,6 +46,7 @@ from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE, ParetoSet
 from kvserve_connector.config import DEFAULT_PORT as TRANSFER_PORT
 from pd_load import Request, Route, Timing
+from pd_options import OUT, ROOT, parser
 from pd_plan import (
     ALONE,
     GENERATED,
@@ -62,11 +62,7 @@ from pd_plan import (
 )
 from pd_tables import claim_table, machine, model_table, run_table
 
-ROOT: Final = Path(__file__).parents[1]
-OUT: Final = ROOT / "build" / "bench"
 FIGURE: Final = ROOT / "docs" / "figures" / "pd.png"
-DATA: Final = ROOT.parent / "shared" / "data"
-"""Beside the repository, not part of it; only benchmarks know of it."""
 MINUTES: Final = 25.0
 QUICK_MINUTES: Final = 2.0
 BUDGET_BP: Final = 100
@@ -298,16 +294,11 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """Measure, print, draw and write; 1 if a claim does not hold or nothing could be measured."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument(
+    known = parser(__doc__.partition("\n")[0])
+    known.add_argument(
         "--minutes", type=float, help=f"by default {MINUTES:g}, or {QUICK_MINUTES:g} quickly"
     )
-    parser.add_argument("--model", type=Path, help="model folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--bundle", type=Path, help="calibration bundle; by default made once")
-    parser.add_argument("--texts", type=Path, default=DATA, help="folder with the texts of prompts")
-    parser.add_argument("--cache", type=Path, default=OUT / "pd", help="where profiles are kept")
-    options = parser.parse_args()
+    options = known.parse_args()
     quick = os.environ.get("QUICK", "") not in ("", "0")
     options.minutes = options.minutes or (QUICK_MINUTES if quick else MINUTES)
     # so that a terminated run takes its engines and namespaces down, too

@@ -1,7 +1,7 @@
 """The first token of a prompt whose prefix lies in a KV store, against computing it: ``make bench-store``.
 
 Two vLLM servers with SmolLM2-135M-Instruct, a core and a thread each, share a Redis behind links whose rate is set with
-htb (`pd_links`, needs root), or a folder of this machine. Prompts are real; of each the first 500, 1,000 or 2,000
+htb (`pd_links`, needs root). Prompts are real; of each the first 500, 1,000 or 2,000
 tokens are in the store, and a few new ones follow. Modes are
 
 * ``recompute``: nothing is there;
@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -40,16 +39,13 @@ import pd_servers
 from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import NONE, ParetoSet
 from pd_claims import percentiles
+from pd_options import OUT, ROOT, parser
 from pd_plan import START_S
 from pd_tables import claim_table, machine
 from store_rows import KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
 from testcluster.process import die_with_parent
 
-ROOT: Final = Path(__file__).parents[1]
-OUT: Final = ROOT / "build" / "bench"
 FIGURE: Final = ROOT / "docs" / "figures" / "store.png"
-DATA: Final = ROOT.parent / "shared" / "data"
-"""Beside the repository, not part of it; only benchmarks know of it."""
 SUFFIX_TOKENS: Final = 16
 """New ones behind the prefix."""
 QUIET_S: Final = 0.6
@@ -285,13 +281,7 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """Measure, print, draw and write; 1 if a claim does not hold or nothing could be measured."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--model", type=Path, help="model folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--bundle", type=Path, help="calibration bundle; by default made once")
-    parser.add_argument("--texts", type=Path, default=DATA, help="folder with the texts of prompts")
-    parser.add_argument("--cache", type=Path, default=OUT / "pd", help="where profiles are kept")
-    options = parser.parse_args()
+    options = parser(__doc__.partition("\n")[0]).parse_args()
     quick = os.environ.get("QUICK", "") not in ("", "0")
     # so that a terminated run takes its engines and namespaces down, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

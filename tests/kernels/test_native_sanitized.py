@@ -11,7 +11,7 @@ from kvserve_kernels.native import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
-PAYLOADS = int(os.environ.get("KVSERVE_FUZZ_PAYLOADS", "300000")) // 5
+PAYLOADS = 200_000
 SECTIONS = 1_000
 HOSTILE = """
 import os, sys
@@ -223,7 +223,7 @@ def run(script: str, library: Path, count: int) -> str:
 
 
 def test_hostile_payloads_read_nothing_else(sanitized: Path) -> None:
-    """Tens of thousands of cut, flipped, spliced and random payloads: no report, on any instruction set."""
+    """200,000 cut, flipped, spliced and random payloads: no report of a sanitizer, on any instruction set."""
     exact, refused = map(int, run(HOSTILE, sanitized, PAYLOADS).split())
     # low bits are not protected, and some changes change nothing
     assert exact > 0

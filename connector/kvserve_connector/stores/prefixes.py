@@ -149,7 +149,7 @@ class PrefixStore:
         """Return a value's blob; None if it is not there.
 
         Raises:
-            WireError: It is too large, and was removed.
+            WireError: It is too large, or was not put under its key by a pod with our secret. It was removed.
             TransferError: It took too long.
             UnavailableError: The store does not answer.
         """

@@ -287,11 +287,11 @@ class PrefixReader:
         if not wanted:
             raise TransferError(TransferReason.EXPIRED, "what was found is forgotten")
         profiles = {coding.rate: coding.name for coding in plan.codings}
-        wire_bytes = {
+        ratios = {
             coding.rate: self._link.ratio(coding.rate, coding.ratio) for coding in plan.codings
         }
         promised = deque(
-            self._prefixes.native_bytes(value) / wire_bytes[value.key.rate] for value in wanted
+            self._prefixes.native_bytes(value) / ratios[value.key.rate] for value in wanted
         )
         self._link.promise(sum(promised))
         ahead = self._ahead(sum(promised) / max(1, len(wanted)))

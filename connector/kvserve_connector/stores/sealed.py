@@ -4,11 +4,12 @@ import hmac
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from kvserve_api.credentials import proof
 from kvserve_api.errors import WireError, WireReason
 from kvserve_connector.stores.store import Buffer, Store
 
 SEAL_BYTES: Final = 16
-_PURPOSE: Final = b"kvserve store v1: "
+_PURPOSE: Final = "kvserve store 1 value"
 
 
 def no_secrets() -> Sequence[bytes]:
@@ -53,8 +54,7 @@ class SealedStore:
     def put(self, key: str, value: Buffer, *, timeout_s: float) -> None:
         """See `Store`."""
         secret = next(iter(self._secrets()), b"")
-        sealed = bytearray(value)
-        sealed += _seal(secret, key, value)
+        sealed = b"".join((value, _seal(secret, key, value)))
         self._inner.put(key, sealed, timeout_s=timeout_s)
 
     def exists(self, keys: Sequence[str], *, timeout_s: float) -> frozenset[str]:
@@ -68,5 +68,5 @@ class SealedStore:
 
 def _seal(secret: bytes, key: str, value: Buffer) -> bytes:
     """Return the seal of a value."""
-    own = hmac.digest(secret, _PURPOSE + key.encode(), "sha256")
+    own = proof(secret, _PURPOSE, key.encode())
     return hmac.digest(own, memoryview(value), "sha256")[:SEAL_BYTES]
