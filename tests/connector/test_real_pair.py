@@ -61,9 +61,11 @@ def test_requests_side_by_side(real_pair: RealPair) -> None:
     real_pair.use("lossless")
     prompts = [make_prompt(200 + 30 * index, seed=40 + index) for index in range(8)]
     alone = [real_pair.consumer.text(prompt) for prompt in prompts]
+    sent = real_pair.sent("lossless")
     with ThreadPoolExecutor(8) as pool:
         handed = pool.map(lambda p: hand_over(real_pair.producer, real_pair.consumer, p), prompts)
         assert list(handed) == alone
+    assert soon(lambda: real_pair.sent("lossless") == sent + len(prompts))
 
 
 def test_lossy_profile_is_used_and_saves_bytes(real_pair: RealPair) -> None:
@@ -127,9 +129,10 @@ def test_active_mode_chooses_by_the_link(real_pair: RealPair) -> None:
             and status()["default/chat"]["activeProfile"]["name"] in ("none", "lossless")
         )
     )
-    lossy = real_pair.sent("int4-token")
+    sent, lossy = real_pair.sent(), real_pair.sent("int4-token")
     hand_over(real_pair.producer, real_pair.consumer, make_prompt(500, seed=4))
-    time.sleep(1)
+    # until it is counted: the next test may count the profile that this one chose
+    assert soon(lambda: real_pair.sent() == sent + 1)
     assert real_pair.sent("int4-token") == lossy
 
 
@@ -158,11 +161,13 @@ def test_many_at_once(real_pair: RealPair) -> None:
     prompts = [make_prompt(150 + 130 * index, seed=340 + index) for index in range(8)]
     alone = [real_pair.consumer.text(prompt) for prompt in prompts]
     failed = sum(real_pair.consumer.metrics("vllm:kvserve_transfer_failures_total").values())
+    sent = real_pair.sent("lossless")
     with ThreadPoolExecutor(8) as pool:
         handed = pool.map(
             lambda p: at_once(real_pair.producer, real_pair.consumer, p, where), prompts
         )
         assert list(handed) == alone
+    assert soon(lambda: real_pair.sent("lossless") == sent + len(prompts))
     now = sum(real_pair.consumer.metrics("vllm:kvserve_transfer_failures_total").values())
     assert now == failed
 

@@ -133,6 +133,7 @@ def test_the_profile_follows_the_bandwidth(loop: Loop) -> None:
     # after a rise the first transfers still go by the slow link, so that one of the two fast phases may see no other
     weaker = {name for phase in (fast, again) for name in phase["profiles"]}
     assert ratios[strongest] > min(ratios[name] for name in weaker)
+    assert slow["why"]["profile"] == strongest
     started, *switches = loop.report["profile_switches"]
     assert started["reason"] == "Started"
     assert switches

@@ -33,11 +33,10 @@ class RealPair:
             "vllm:kvserve_transfer_failures_total", 'direction="receive"', f'reason="{reason}"'
         )
 
-    def sent(self, profile: str) -> float:
-        """Return how many transfers were sent with a profile."""
-        return self.producer.count(
-            "vllm:kvserve_transfers_total", 'direction="send"', f'profile="{profile}"'
-        )
+    def sent(self, profile: str | None = None) -> float:
+        """Return how many transfers were sent, with a profile or with any; the last of them counts a little later."""
+        marks = [] if profile is None else [f'profile="{profile}"']
+        return self.producer.count("vllm:kvserve_transfers_total", 'direction="send"', *marks)
 
     def fetched_tokens(self) -> float:
         """Return how many prompt tokens the consumer fetched instead of computing them."""
