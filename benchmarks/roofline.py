@@ -142,6 +142,7 @@ def record() -> None:
     import triton
 
     from kvserve_kernels import aot, aot_cases
+    from kvserve_kernels.linear import linear_aot
 
     kernels = {
         case.name: {
@@ -156,7 +157,7 @@ def record() -> None:
     }
     whole = {
         "triton": triton.__version__,
-        "live": aot_cases.COMPONENTS / aot_cases.WIDTH,
+        "live": linear_aot.COMPONENTS / linear_aot.WIDTH,
         "kernels": kernels,
     }
     BUDGETS.write_text(json.dumps(whole, indent=1) + "\n")
