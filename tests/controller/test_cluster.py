@@ -137,7 +137,7 @@ class World:
 def world(control_plane: Cluster, namespace: str) -> World:
     """Return a namespace of an API server that knows KVServePolicies."""
     control_plane.kubectl("apply", "--server-side", "-f", str(CRD))
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/kvservepolicies.kvserve.io")
+    control_plane.wait_established("kvservepolicies.kvserve.io")
     return World(control_plane, namespace)
 
 

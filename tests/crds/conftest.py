@@ -17,9 +17,7 @@ ROOT = Path(__file__).parents[2]
 def served(control_plane: Cluster) -> Iterator[str]:
     """Address of an API server with the CRD."""
     control_plane.kubectl("apply", "--server-side", "-f", str(ROOT / "crds/kvservepolicies.yaml"))
-    control_plane.kubectl(
-        "wait", "--for=condition=Established", "crd/kvservepolicies.kvserve.io", "--timeout=20s"
-    )
+    control_plane.wait_established("kvservepolicies.kvserve.io")
     with kube_api.kubectl_proxy(control_plane) as url:
         yield url
 

@@ -112,7 +112,7 @@ def installed(plane: Cluster, chart: Path) -> Cluster:
     label = "pod-security.kubernetes.io/enforce=restricted"
     plane.kubectl("label", "namespace", SYSTEM, "default", label)
     plane.helm("install", "kvserve", str(chart), "-n", SYSTEM)
-    plane.kubectl("wait", "--for=condition=established", "crd/kvservepolicies.kvserve.io")
+    plane.wait_established("kvservepolicies.kvserve.io")
     return plane
 
 

@@ -23,9 +23,7 @@ StartOperator = Callable[..., Operator]
 def proxy(control_plane: Cluster) -> Iterator[str]:
     """Address of an API server that knows KVServePolicies."""
     control_plane.kubectl("apply", "--server-side", "-f", str(ROOT / "crds/kvservepolicies.yaml"))
-    control_plane.kubectl(
-        "wait", "--for=condition=Established", "crd/kvservepolicies.kvserve.io", "--timeout=20s"
-    )
+    control_plane.wait_established("kvservepolicies.kvserve.io")
     with kube_api.kubectl_proxy(control_plane) as url:
         yield url
 

@@ -133,9 +133,7 @@ def stage(
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "data" / "a" / "b.jsonl").write_bytes(ITEMS)
     control_plane.kubectl("apply", "--server-side", "-f", str(CRD))
-    control_plane.kubectl(
-        "wait", "--for=condition=Established", "crd/kvservepolicies.kvserve.io", "--timeout=30s"
-    )
+    control_plane.wait_established("kvservepolicies.kvserve.io")
     targets = [
         {"role": role, "selector": {"matchLabels": {"app": role}}} for role in ("Prefill", "Decode")
     ]

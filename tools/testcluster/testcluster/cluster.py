@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,21 @@ class Cluster:
             ClusterError: It failed or took too long; the message holds its standard error.
         """
         return self._run("kubectl", args, input, timeout_s)
+
+    def wait_established(self, crd: str, timeout_s: float = 30.0) -> None:
+        """Wait until a custom resource definition's objects are served.
+
+        ``kubectl wait`` fails at once where a definition is so new that it has no conditions.
+
+        Raises:
+            ClusterError: There is no such definition, or it is not served in time.
+        """
+        path = "jsonpath={.status.conditions[?(@.type=='Established')].status}"
+        deadline_s = time.monotonic() + timeout_s
+        while self.kubectl("get", "crd", crd, "-o", path) != "True":
+            if time.monotonic() > deadline_s:
+                raise ClusterError(f"{crd} is not served after {timeout_s:g} s")
+            time.sleep(0.05)
 
     def helm(
         self,
