@@ -32,6 +32,12 @@ class LayerView(Protocol):
         """Write ``[tokens, heads, dim]`` into one block from a token offset on."""
         ...
 
+    def write_blocks(
+        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Write ``[tokens, heads, dim]`` into whole blocks, one after the other."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StridedView:
@@ -54,6 +60,14 @@ class StridedView:
         end = offset + keys.shape[0]
         self.keys[block, :, offset:end].copy_(keys.transpose(0, 1))
         self.values[block, :, offset:end].copy_(values.transpose(0, 1))
+
+    def write_blocks(
+        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `LayerView`."""
+        for target, states in ((self.keys, keys), (self.values, values)):
+            blocks = states.view(len(block_ids), -1, *states.shape[1:])
+            target[block_ids] = blocks.permute(0, 2, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,12 @@ class PermutedView:
             else:
                 target[:, order[span]] = source
 
+    def write_blocks(
+        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `LayerView`."""
+        _one_by_one(self, block_ids, keys, values)
+
 
 def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return the elements of the last dimension in an order; by NumPy, which is twice as fast at it as torch."""
@@ -138,6 +158,13 @@ class TiledView:
         if whole < keys.shape[0]:
             self.single.write(block, offset + whole, keys[whole:], values[whole:])
 
+    def write_blocks(
+        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `LayerView`."""
+        self.keys.write_blocks(block_ids, keys)
+        self.values.write_blocks(block_ids, values)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockView:
@@ -167,6 +194,24 @@ class BlockView:
         content = torch.cat([keys.flatten(), values.flatten()])
         nbytes = target.numel() * target.element_size()
         target.copy_(content[:nbytes].view(target.dtype).view(target.shape))
+
+    def write_blocks(
+        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `LayerView`."""
+        _one_by_one(self, block_ids, keys, values)
+
+
+def _one_by_one(
+    view: LayerView, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    for block, *states in zip(
+        block_ids.tolist(),
+        keys.chunk(len(block_ids)),
+        values.chunk(len(block_ids)),
+        strict=True,
+    ):
+        view.write(block, 0, *states)
 
 
 class PagedCache:
@@ -216,15 +261,28 @@ class PagedCache:
     ) -> None:
         """Copy canonical keys and values into the cache; the arguments are those of `read`."""
         step = self.block_tokens
+        first, last = -(-tokens.start // step), tokens.stop // step
+        whole = range(first * step, last * step)
+        ids = torch.tensor(block_ids[first:last], dtype=torch.int64)
+        # what does not fill a block: before the whole ones and behind, or all inside of one
+        ends = (
+            (range(tokens.start, whole.start), range(whole.stop, tokens.stop))
+            if whole
+            else (tokens,)
+        )
         for row, layer in enumerate(layers):
             view = self._layers[layer]
-            start = tokens.start
-            while start < tokens.stop:
-                block, offset = divmod(start, step)
-                end = min(tokens.stop, (block + 1) * step)
-                part = slice(start - tokens.start, end - tokens.start)
-                view.write(block_ids[block], offset, keys[row, part], values[row, part])
-                start = end
+            if whole:
+                part = slice(whole.start - tokens.start, whole.stop - tokens.start)
+                view.write_blocks(ids, keys[row, part], values[row, part])
+            for end in ends:
+                start = end.start
+                while start < end.stop:
+                    block, offset = divmod(start, step)
+                    stop = min(end.stop, (block + 1) * step)
+                    part = slice(start - tokens.start, stop - tokens.start)
+                    view.write(block_ids[block], offset, keys[row, part], values[row, part])
+                    start = stop
 
 
 def split_content(cache: torch.Tensor, dim: int) -> StridedView:

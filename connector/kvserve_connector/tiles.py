@@ -1,7 +1,7 @@
 """Blocks whose elements lie in tiles with pairs side by side, as matrix units like them (AMX, on CPUs).
 
 Keys hold pairs of dimensions, values pairs of tokens. Copied pair by pair, as one element of twice the size, a block
-takes less than half the time of gathering each element from its place.
+takes less than half the time of gathering each element from its place; written by native code, a fifth of that.
 """
 
 import sys
@@ -11,11 +11,14 @@ from typing import Final
 import numpy as np
 import torch
 
+from kvserve_kernels.tiles import put
+
 _SINGLE: Final = {2: np.uint16, 4: np.uint32}
 _PAIR: Final = {2: np.uint32, 4: np.uint64}
 _SIGNED: Final = {2: np.int16, 4: np.int32}
 _TORCH: Final = {2: torch.int16, 4: torch.int32}
 PAIR: Final = 2
+_FIRST: Final = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +59,16 @@ class Tiles:
 
     def write(self, block: int, offset: int, states: torch.Tensor) -> None:
         """Write ``[tokens, heads, dim]`` into one block from a token offset on; both are multiples of `step`."""
-        size = self.dtype.itemsize
-        rows = states.contiguous().view(_TORCH[size]).numpy().view(_SINGLE[size])
-        if self.of_tokens:
-            rows = rows[0::2].astype(_PAIR[size]) | (rows[1::2].astype(_PAIR[size]) << 8 * size)
-        else:
-            rows = rows.view(_PAIR[size])
-        inner, groups, columns = self.pairs.shape[3:]
-        rows = rows.reshape(-1, inner, rows.shape[1], groups, columns).transpose(2, 0, 1, 3, 4)
-        first = offset // self.step
-        np.copyto(self.pairs[block, :, first : first + rows.shape[1]], rows)
+        first, last = offset // self.step, (offset + len(states)) // self.step
+        self._put(states, _FIRST, self.pairs[block : block + 1, :, first:last])
+
+    def write_blocks(self, block_ids: torch.Tensor, states: torch.Tensor) -> None:
+        """Write ``[tokens, heads, dim]`` into whole blocks, one after the other."""
+        self._put(states, block_ids.numpy(), self.pairs)
+
+    def _put(self, states: torch.Tensor, blocks: np.ndarray, pairs: np.ndarray) -> None:
+        rows = states.contiguous().view(_TORCH[self.dtype.itemsize]).numpy()
+        put(rows, blocks, pairs, of_tokens=self.of_tokens)
 
 
 def tiled(half: torch.Tensor, tokens: int, dim: int, order: torch.Tensor) -> Tiles | None:

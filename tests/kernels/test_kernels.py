@@ -18,6 +18,7 @@ from kvserve_kernels import (
     rans,
     scale,
     step,
+    tiles,
     transpose,
 )
 from kvserve_kernels.bits_ref import narrow
@@ -366,3 +367,55 @@ def test_models_come_close_to_the_entropy() -> None:
         counts = np.unique(values, return_counts=True)[1] / values.size
         entropy = float(-(counts * np.log2(counts)).sum())
         assert entropy - 0.05 < bits < 1.02 * entropy + 0.01
+
+
+@pytest.mark.parametrize("level", ["", "numba"])
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["dimensions", "tokens"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("inner", "groups", "columns", "order"),
+    [
+        pytest.param(16, 32, 1, (0, 1, 2, 4, 3, 5), id="columns"),
+        pytest.param(1, 4, 16, (0, 1, 4, 2, 3, 5), id="rows"),
+        pytest.param(6, 1, 7, (0, 1, 2, 5, 4, 3), id="odd"),
+        pytest.param(5, 3, 2, (1, 3, 5, 0, 4, 2), id="any"),
+    ],
+)
+def test_tiles(
+    level: str,
+    of_tokens: bool,
+    size: int,
+    inner: int,
+    groups: int,
+    columns: int,
+    order: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every pair lies where the tiles' strides say, in the blocks that were named, and nothing else changes."""
+    monkeypatch.setenv("KVSERVE_SIMD", level)
+    shape = (4, 2, 2, inner, groups, columns)
+    pair, word = {2: (np.uint32, np.uint16), 4: (np.uint64, np.uint32)}[size]
+    memory = np.zeros([shape[axis] for axis in order], pair)
+    target = memory.transpose([order.index(axis) for axis in range(6)])
+    dice = np.random.default_rng(size)
+    tokens, dim = (
+        2 * 2 * inner * (2 if of_tokens else 1),
+        groups * columns * (1 if of_tokens else 2),
+    )
+    rows = dice.integers(1, np.iinfo(word).max, (tokens, 2, dim), word)
+    blocks = np.array([3, 1])
+    tiles.put(rows, blocks, target, of_tokens=of_tokens)
+    expected = np.zeros(shape, pair)
+    for at in np.ndindex(2, 2, 2, inner, groups, columns):
+        block, head, outer, within, group, column = at
+        row, place = (block * 2 + outer) * inner + within, group * columns + column
+        if of_tokens:
+            low, high = rows[2 * row, head, place], rows[2 * row + 1, head, place]
+        else:
+            low, high = rows[row, head, 2 * place], rows[row, head, 2 * place + 1]
+        expected[(blocks[block], *at[1:])] = int(low) | int(high) << 8 * size
+    assert np.array_equal(target, expected)
+    with pytest.raises(IndexError):
+        tiles.put(rows, np.array([3, 4]), target, of_tokens=of_tokens)
+    with pytest.raises(ValueError, match="do not fill"):
+        tiles.put(rows[1:], blocks, target, of_tokens=of_tokens)

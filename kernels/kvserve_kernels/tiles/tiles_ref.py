@@ -1,0 +1,24 @@
+"""The definition of tiles: rows of numbers whose pairs, of dimensions or of tokens, lie in an order of their own."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WORD = {2: np.uint16, 4: np.uint32}
+_PAIR = {2: np.uint32, 4: np.uint64}
+
+
+def put(
+    rows: NDArray[Any], blocks: NDArray[np.int64], tiles: NDArray[Any], *, of_tokens: bool
+) -> None:
+    """Copy rows into blocks of tiles; see `kvserve_kernels.tiles.put`."""
+    size = rows.itemsize
+    words = np.ascontiguousarray(rows).view(_WORD[size])
+    if of_tokens:
+        pairs = words[0::2].astype(_PAIR[size]) | (words[1::2].astype(_PAIR[size]) << 8 * size)
+    else:
+        pairs = words.view(_PAIR[size])
+    _, heads, outer, inner, groups, columns = tiles.shape
+    pairs = pairs.reshape(len(blocks), outer, inner, heads, groups, columns)
+    tiles[blocks] = pairs.transpose(0, 3, 1, 2, 4, 5)
