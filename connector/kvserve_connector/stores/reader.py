@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import Chunk
 from kvserve_connector.recompute import LEAST_S, Verdict, Why, decide
 from kvserve_connector.stores.config import StoreConfig
+from kvserve_connector.stores.keys import ChunkKey
 from kvserve_connector.stores.link import StoreLink, fetch_s
 from kvserve_connector.stores.messages import Lookup, StoreLoad
 from kvserve_connector.stores.prefixes import Found, PrefixStore, Value
@@ -37,6 +38,8 @@ from kvserve_connector.stores.rates import Coding
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Arriving: TypeAlias = "Future[tuple[bytearray | None, float]]"
+"""A value's blob, or that there is none, and how long it took in seconds."""
 
 MAX_ASKS: Final = 4
 """Prompts that are looked for at once; more wait their turn."""
@@ -49,6 +52,8 @@ AHEAD: Final = range(2, 5)
 BEHIND: Final = 2
 """Values of one load that may wait to be decoded before no more are asked for."""
 MAX_PLANS: Final = 4096
+EARLY: Final = 2
+"""Values of a prefix that are asked for as soon as it is worth fetching, while the engine finds room for them."""
 
 Codings = Callable[[str], tuple[Coding, ...]]
 """Returns what a workload class may be given, see `kvserve_connector.stores.rates.readable`."""
@@ -56,13 +61,14 @@ Codings = Callable[[str], tuple[Coding, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What was found for a request, and what it may take to fetch."""
+    """What was found for a request, what it may take to fetch, and what of it is under way already."""
 
     found: Found
     codings: tuple[Coding, ...]
     verdict: Verdict
     workload: str
     traceparent: str | None
+    early: dict[ChunkKey, Arriving] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,6 +144,7 @@ class PrefixReader:
         self._cancelled: set[str] = set()
         self._active: set[str] = set()
         self._asking: dict[str, float] = {}
+        self._forgotten: set[str] = set()
 
     def ask(self, lookup: Lookup) -> None:
         """Begin to look for a prompt; the answer always comes, unless the store's client never returns."""
@@ -162,7 +169,9 @@ class PrefixReader:
     def forget(self, request_id: str) -> None:
         """Stop what is under way for a request soon; the end of a load is still reported."""
         with self._lock:
-            self._plans.pop(request_id, None)
+            _give_up(self._plans.pop(request_id, _NOTHING))
+            if request_id in self._asking:
+                self._forgotten.add(request_id)
             if request_id in self._active:
                 self._cancelled.add(request_id)
 
@@ -186,7 +195,7 @@ class PrefixReader:
                     span.set_attribute(ATTR_REASON, verdict.why.value)
                     if verdict.fetch:
                         tokens = plan.found.stop
-                        self._keep(prompt.request_id, plan)
+                        self._keep(prompt.request_id, plan, lookup.computed)
         except KVServeError as error:
             self._failed(error.reason)
         except Exception:
@@ -195,6 +204,7 @@ class PrefixReader:
             self._failed(KVServeError.reason)
         with self._lock:
             self._asking.pop(prompt.request_id, None)
+            self._forgotten.discard(prompt.request_id)
         self._answered(prompt.request_id, tokens, beyond, verdict)
 
     def _find(self, lookup: Lookup, deadline_s: float) -> Plan | None:
@@ -244,11 +254,20 @@ class PrefixReader:
             parts.append((native_bytes, ratio, self._link.decode(now_s, rate, coding.decode)))
         return fetch_s(self._link.snapshot(now_s), parts)
 
-    def _keep(self, request_id: str, plan: Plan) -> None:
+    def _keep(self, request_id: str, plan: Plan, computed: int) -> None:
+        """Keep what was found until the engine has room for it, and ask for its first values, if few others wait so."""
+        deadline_s = time.monotonic() + plan.verdict.limit_s
+        wanted = [v for v in plan.found.values if v.tokens.stop > computed]
         with self._lock:
+            if request_id in self._forgotten:
+                return
+            _give_up(self._plans.pop(request_id, _NOTHING))
+            if sum(bool(other.early) for other in self._plans.values()) < MAX_LOADS:
+                for value in wanted[:EARLY]:
+                    plan.early[value.key] = self._gets.submit(self._get, value, deadline_s)
             self._plans[request_id] = plan
             if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)
+                _give_up(self._plans.popitem(last=False)[1])
 
     def _run(self, load: StoreLoad) -> None:
         outcome = Loaded(load=load, stop=load.tokens.start)
@@ -296,7 +315,7 @@ class PrefixReader:
         self._link.promise(sum(promised))
         ahead = self._ahead(sum(promised) / max(1, len(wanted)))
         waiting = deque(wanted)
-        getting: deque[tuple[Value, Future[tuple[bytearray | None, float]]]] = deque()
+        getting: deque[tuple[Value, Arriving]] = deque()
         decoding: deque[tuple[Value, int, Future[float]]] = deque()
         done: list[Value] = []
 
@@ -315,7 +334,10 @@ class PrefixReader:
             while waiting or getting:
                 while waiting and len(getting) < ahead:
                     value = waiting.popleft()
-                    getting.append((value, self._gets.submit(self._get, value, deadline_s)))
+                    arriving = plan.early.pop(value.key, None) or self._gets.submit(
+                        self._get, value, deadline_s
+                    )
+                    getting.append((value, arriving))
                 value, arriving = getting[0]
                 blob, seconds = _result(arriving, deadline_s)
                 getting.popleft()
@@ -335,6 +357,7 @@ class PrefixReader:
                 settle()
         finally:
             self._link.promise(-sum(promised))
+            _give_up(plan)
             for _, arriving in getting:
                 arriving.cancel()
             # before the end is known to anyone, every write into the cache has ended; what is whole is kept
@@ -389,6 +412,13 @@ _NOTHING: Final = Plan(
     traceparent=None,
 )
 """Stands for a plan that is forgotten, because very many others came after it: all must be computed."""
+
+
+def _give_up(plan: Plan) -> None:
+    """Leave what is under way for a plan that is of no use any more."""
+    for arriving in plan.early.values():
+        arriving.cancel()
+    plan.early.clear()
 
 
 def whole_until(wanted: Sequence[Value], done: Sequence[Value]) -> int:

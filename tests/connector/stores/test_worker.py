@@ -30,6 +30,7 @@ from kvserve_connector.stores.messages import (
     StoreSave,
     StoreStep,
 )
+from kvserve_connector.stores.reader import EARLY, MAX_LOADS
 from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.worker import IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
@@ -186,31 +187,55 @@ def test_what_is_faster_computed_is_not_fetched(tmp_path: Path) -> None:
         assert reader.look("e", speed=FAST) == STOP
 
 
+def early_of(reader: Engine, request_id: str) -> int:
+    """Return how many values of a prompt have arrived before its load began."""
+    plan = reader.store._reader._plans.get(request_id)
+    return 0 if plan is None else sum(arriving.done() for arriving in plan.early.values())
+
+
+def test_first_values_are_fetched_while_the_engine_finds_room(tmp_path: Path) -> None:
+    """What is worth fetching is asked for at once, for so many prompts; a load takes it, and an end gives it up."""
+    with engine(tmp_path, seed=3) as writer, engine(tmp_path) as reader:
+        writer.save("a")
+        names = [f"b{number}" for number in range(MAX_LOADS + 1)]
+        for name in names:
+            assert reader.look(name) == STOP
+        assert reader.soon(
+            lambda: [early_of(reader, n) for n in names] == [EARLY] * MAX_LOADS + [0]
+        )
+        assert reader.load(names[0], range(STOP))
+        assert same(reader.cache, writer.cache, range(STOP))
+        hits = EARLY * MAX_LOADS + STOP // CHUNK - EARLY
+        assert reader.soon(lambda: reader.totals["operations"]["get Hit"] == hits)
+        reader.store.take(StoreStep(finished=names[1:]))
+        assert not reader.store._reader._plans
+        assert reader.look("c") == STOP
+        assert reader.soon(lambda: early_of(reader, "c") == EARLY)
+
+
 @pytest.mark.parametrize("harm", ["damaged", "gone"])
 def test_what_is_whole_is_kept(harm: str, tmp_path: Path) -> None:
     """Where a value is damaged or gone the blocks behind the last whole chunk are told, and the value is replaced."""
     with engine(tmp_path, seed=3) as writer, engine(tmp_path) as reader:
         writer.save("a")
-        files = sorted(
-            (path for path in (tmp_path / "kv").rglob("0-7")), key=lambda p: p.stat().st_mtime_ns
-        )
+        *_, last = sorted((tmp_path / "kv").rglob("0-7"), key=lambda p: p.stat().st_mtime_ns)
         assert reader.look("b") == STOP
         if harm == "gone":
-            files[1].unlink()
+            last.unlink()
         else:
-            content = bytearray(files[1].read_bytes())
+            content = bytearray(last.read_bytes())
             content[-100] ^= 1
-            files[1].write_bytes(content)
+            last.write_bytes(content)
         assert reader.load("b", range(STOP))
-        # two blocks of the first chunk arrived
-        assert reader.invalid == set(THERE[CHUNK // BLOCK : STOP // BLOCK])
-        assert same(reader.cache, writer.cache, range(CHUNK))
+        # those that were asked for early
+        assert reader.invalid == set(THERE[EARLY * CHUNK // BLOCK : STOP // BLOCK])
+        assert same(reader.cache, writer.cache, range(EARLY * CHUNK))
         assert reader.news.failed == {"b"}
         reason = {"gone": "Expired", "damaged": "ChecksumMismatch"}[harm]
         assert reader.totals["failures"] == {f"load {reason}": 1}
-        assert not files[1].exists()
+        assert not last.exists()
         writer.save("c")
-        assert files[1].exists()
+        assert last.exists()
 
 
 def test_a_store_that_is_down_costs_a_miss(tmp_path: Path) -> None:
@@ -242,6 +267,7 @@ def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         writer.save("a")
         assert reader.look("b") == STOP
+        assert reader.soon(lambda: early_of(reader, "b") == EARLY)
         for name in ("get", "exists"):
 
             def hang(*_: Any, **__: Any) -> None:
@@ -261,7 +287,7 @@ def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mon
         # only a step that computes nothing waits for news, and not for long
         assert waited_s[0] < IDLE_S <= waited_s[1] < 0.2
         assert reader.soon(lambda: "b" in reader.received)
-        assert reader.invalid == set(THERE[: STOP // BLOCK])
+        assert reader.invalid == set(THERE[EARLY * CHUNK // BLOCK : STOP // BLOCK])
         assert reader.totals["failures"] == {"load Timeout": 1}
         questions = [
             Lookup(prompt=prompt(f"q{n}", TOKENS), computed=0, speed=None) for n in range(4)
