@@ -25,6 +25,8 @@ PIECE_BYTES: Final = 4 << 20
 _REPLY_BYTES: Final = PIECE_BYTES + (1 << 16)
 """No reply to anything that is asked here is longer; there are at most `_KEYS` short ones in one round trip."""
 _KEYS: Final = 1024
+_READ_BYTES: Final = 1 << 18
+"""What is read of a reply at once: the default of 64 KiB costs a third more of the processor."""
 
 
 class RedisStore:
@@ -58,6 +60,7 @@ class RedisStore:
             username=username,
             password=password,
             protocol=2,
+            socket_read_size=_READ_BYTES,
             # a connection that the server closed while it was idle is opened anew, once
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         )
