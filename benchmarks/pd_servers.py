@@ -27,6 +27,8 @@ MOST_START_S: Final = 400.0
 MOST_STOP_S: Final = 8.0
 CACHE_BYTES: Final = 1 << 30
 """Keys and values of 45,000 tokens of SmolLM2: requests that wait for a slow link hold theirs at both ends."""
+MAX_TOKENS: Final = 2304
+"""Of a prompt and its answer."""
 POLICY: Final = "default/bench"
 ROLES: Final = ("kv_producer", "kv_consumer")
 
@@ -222,6 +224,8 @@ def running(
     artifacts: str,
     folder: Path,
     connectors: Sequence[tuple[str, Mapping[str, Any]]] | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Pair]:
     """Start controller and engines, and end them.
 
@@ -232,6 +236,7 @@ def running(
         folder: For logs.
         connectors: For each engine its role and more of its connector's settings; by default one prefills and the other
             decodes.
+        max_tokens: Most tokens of a prompt and its answer.
     """
     controller = Controller(folder / "controller")
     controller.start()
@@ -253,7 +258,7 @@ def running(
                 "lease_s": 900,
                 "pod": end.name,
             } | dict(extra)
-            engines.append(_start(end, role, core, settings, model, folder))
+            engines.append(_start(end, role, core, settings, model, folder, max_tokens))
         for engine in engines:
             engine.wait_ready()
         prefill, decode = engines
@@ -267,7 +272,13 @@ def running(
 
 
 def _start(
-    end: End, role: str, core: int, connector: Mapping[str, Any], model: Path, folder: Path
+    end: End,
+    role: str,
+    core: int,
+    connector: Mapping[str, Any],
+    model: Path,
+    folder: Path,
+    max_tokens: int,
 ) -> Engine:
     transfer = {
         "kv_connector": "KVServeConnector",
@@ -292,7 +303,7 @@ def _start(
         end,
         "taskset", "-c", str(core), sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "m", "--host", "0.0.0.0", "--port", str(PORT),
-        "--dtype", "bfloat16", "--max-model-len", "2304", "--enforce-eager", "--seed", "0",
+        "--dtype", "bfloat16", "--max-model-len", str(max_tokens), "--enforce-eager", "--seed", "0",
         "--kv-cache-memory-bytes", str(CACHE_BYTES), "--no-enable-prefix-caching",
         "--kv-transfer-config", json.dumps(transfer),
     )  # fmt: skip

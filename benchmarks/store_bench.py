@@ -1,10 +1,11 @@
 """The first token of a prompt whose prefix lies in a KV store, against computing it: ``make bench-store``.
 
 Two vLLM servers with SmolLM2-135M-Instruct, a core and a thread each, share a Redis behind links whose rate is set with
-htb (`pd_links`, needs root). Prompts are real; of each the first 500, 1,000 or 2,000
-tokens are in the store, and a few new ones follow. Modes are
+htb (`pd_links`, needs root), or with ``--store`` another store. Prompts are real; of each the first 500, 1,000, 2,000
+or, over one link, 8,000 tokens are in the store, and a few new ones follow. Modes are
 
 * ``recompute``: nothing is there;
+* ``floor``: the few new tokens alone, without a prefix: what the engine takes anyway, so no store can be faster;
 * ``raw`` and fixed profiles: the store's values are coded with it, and always fetched;
 * ``kvserve``: the controller's table decides how they are coded, and the engine whether to fetch or to compute.
 
@@ -23,13 +24,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx
-import redis
 from rich.console import Console
 
 import pd_links
@@ -39,10 +40,11 @@ import pd_servers
 from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import NONE, ParetoSet
 from pd_claims import percentiles
+from pd_links import End
 from pd_options import OUT, ROOT, parser
 from pd_plan import START_S
 from pd_tables import claim_table, machine
-from store_rows import KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
+from store_rows import FLOOR, KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
 from testcluster.process import die_with_parent
 
 FIGURE: Final = ROOT / "docs" / "figures" / "store.png"
@@ -52,6 +54,8 @@ QUIET_S: Final = 0.6
 """For so long nothing was stored: then a prefix is there."""
 MOST_WAIT_S: Final = 60.0
 PORT: Final = 6399
+MAX_TOKENS: Final = 8192
+"""Of a prompt and its answer: as many as the model takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,8 @@ class Size:
         prefixes: In tokens.
         rates_mbit: Of the link to the store; None unshaped.
         modes: Besides `RECOMPUTE`.
+        long: Another prefix, in tokens, over one link and for ``kvserve`` only; 0 for none.
+        long_mbit: The rate of that link.
         repeats: How often each prefix is read.
         texts: Different prefixes of a length.
         seconds: About how long it takes.
@@ -69,7 +75,9 @@ class Size:
 
     prefixes: tuple[int, ...] = (500, 1000, 2000)
     rates_mbit: tuple[float | None, ...] = (100.0, 1000.0, None)
-    modes: tuple[str, ...] = (RAW, "int8-token", "joint-3", "focus-3", KVSERVE)
+    modes: tuple[str, ...] = (RAW, "joint-layer", "joint-3", "focus-3", KVSERVE)
+    long: int = 8000
+    long_mbit: float = 1000.0
     repeats: int = 3
     texts: int = 2
     seconds: float = 240.0
@@ -78,7 +86,8 @@ class Size:
 QUICK: Final = Size(
     prefixes=(1000, 2000),
     rates_mbit=(100.0, 1000.0),
-    modes=(RAW, "joint-3", KVSERVE),
+    modes=(RAW, "joint-layer", KVSERVE),
+    long=0,
     repeats=2,
     texts=1,
     seconds=75.0,
@@ -92,7 +101,6 @@ class Bench:
         pair: One engine always fetches what is there, the other decides.
         pareto: All profiles.
         documents: Tokens of the texts that prompts are made of.
-        store: What tells how much it holds.
         name: Of the kind of store.
     """
 
@@ -101,48 +109,64 @@ class Bench:
         pair: pd_servers.Pair,
         pareto: ParetoSet,
         documents: Sequence[Sequence[int]],
-        store: "RedisServer",
         name: str,
     ) -> None:
         self._pair = pair
         self._pareto = pareto
         self._front = pd_profiles.of_front(pareto, 1000 * pd_profiles.TOKEN_BYTES)
         self._documents = documents
-        self._store = store
         self._name = name
         self._dice = random.Random(11)
 
     def measure(self, size: Size) -> Iterator[Row]:
         """Measure every mode: first store each prefix, then read it over each link."""
-        computed: dict[int, list[float]] = {prefix: [] for prefix in size.prefixes}
-        self._ask(self._pair.prefill.url, self._prompt(500))
-        self._ask(self._pair.decode.url, self._prompt(500))
+        computed: dict[int, list[float]] = {}
+        floor: list[float] = []
+        for engine in (self._pair.prefill, self._pair.decode):
+            self._ask(engine, self._prompt(500))
         for mode in size.modes:
             self._use(mode)
-            url = (self._pair.decode if mode == KVSERVE else self._pair.prefill).url
-            stored: list[tuple[int, tuple[int, ...]]] = []
-            for prefix in size.prefixes:
-                for _ in range(size.texts):
-                    prompt = self._prompt(prefix)
-                    before = self._store.count()
-                    computed[prefix].append(self._ask(url, prompt))
-                    self._settle(before)
-                    stored.append((prefix, prompt))
-            for mbit in size.rates_mbit:
-                self._pair.link.shape_wires(mbit)
-                # the first fetch over a new link tells how fast it is
-                for _, prompt in stored[: size.texts]:
-                    self._ask(url, self._longer(prompt))
-                found: dict[int, list[float]] = {prefix: [] for prefix in size.prefixes}
-                for _ in range(size.repeats):
-                    for prefix, prompt in stored:
-                        found[prefix].append(self._ask(url, self._longer(prompt)))
-                for prefix, seconds in found.items():
-                    yield self._row(mbit, prefix, mode, seconds)
-            self._pair.link.shape_wires(None)
-        for mbit in size.rates_mbit:
-            for prefix, seconds in computed.items():
+            engine = self._pair.decode if mode == KVSERVE else self._pair.prefill
+            floor += [self._ask(engine, self._prompt(SUFFIX_TOKENS)) for _ in range(size.repeats)]
+            yield from self._read(size, mode, engine, size.prefixes, size.rates_mbit, computed)
+            if mode == KVSERVE and size.long:
+                rates = (size.long_mbit,)
+                yield from self._read(size, mode, engine, (size.long,), rates, computed)
+        for prefix, seconds in computed.items():
+            for mbit in (size.long_mbit,) if prefix == size.long else size.rates_mbit:
                 yield self._row(mbit, prefix, RECOMPUTE, seconds)
+                yield self._row(mbit, prefix, FLOOR, floor)
+
+    def _read(
+        self,
+        size: Size,
+        mode: str,
+        engine: pd_servers.Engine,
+        prefixes: Sequence[int],
+        rates_mbit: Sequence[float | None],
+        computed: dict[int, list[float]],
+    ) -> Iterator[Row]:
+        """Measure one mode, and what computing takes meanwhile."""
+        stored: list[tuple[int, tuple[int, ...]]] = []
+        for prefix in prefixes:
+            for _ in range(size.texts):
+                prompt = self._prompt(prefix)
+                before = _saved(engine)
+                computed.setdefault(prefix, []).append(self._ask(engine, prompt))
+                self._settle(engine, before)
+                stored.append((prefix, prompt))
+        for mbit in rates_mbit:
+            self._pair.link.shape_wires(mbit)
+            # the first fetch over a new link tells how fast it is
+            for _, prompt in stored[: size.texts]:
+                self._ask(engine, self._longer(prompt))
+            found: dict[int, list[float]] = {prefix: [] for prefix in prefixes}
+            for _ in range(size.repeats):
+                for prefix, prompt in stored:
+                    found[prefix].append(self._ask(engine, self._longer(prompt)))
+            for prefix, seconds in found.items():
+                yield self._row(mbit, prefix, mode, seconds)
+        self._pair.link.shape_wires(None)
 
     def _row(self, mbit: float | None, prefix: int, mode: str, seconds: Sequence[float]) -> Row:
         return {
@@ -173,13 +197,13 @@ class Bench:
         """Return a prompt with new tokens behind it."""
         return prompt + self._prompt(SUFFIX_TOKENS)
 
-    def _ask(self, url: str, prompt: tuple[int, ...]) -> float:
+    def _ask(self, engine: pd_servers.Engine, prompt: tuple[int, ...]) -> float:
         """Return the seconds to the first token."""
 
         async def one() -> pd_load.Timing:
             async with httpx.AsyncClient(timeout=pd_load.TIMEOUT_S) as client:
                 request = pd_load.Request(at_s=0.0, prompt=prompt)
-                route = pd_load.Route(prefill=url)
+                route = pd_load.Route(prefill=engine.url)
                 return await pd_load.send(client, request, route, max_tokens=1)
 
         timing = asyncio.run(one())
@@ -187,19 +211,24 @@ class Bench:
             raise pd_servers.ServerError(f"a request failed: {timing.error}")
         return timing.ttft_s
 
-    def _settle(self, before: int) -> None:
+    def _settle(self, engine: pd_servers.Engine, before: float) -> None:
         """Wait until more is stored than before, and then nothing more is being stored."""
         last, changed_s = before, time.monotonic()
         deadline_s = changed_s + MOST_WAIT_S
         while last == before or time.monotonic() - changed_s < QUIET_S:
             time.sleep(0.1)
-            now = self._store.count()
+            now = _saved(engine)
             if now != last:
                 last, changed_s = now, time.monotonic()
             if time.monotonic() > deadline_s:
                 raise pd_servers.ServerError(
                     "the store does not come to rest, or nothing is stored"
                 )
+
+
+def _saved(engine: pd_servers.Engine) -> float:
+    """Return how many tokens an engine has stored."""
+    return engine.totals().get("store_tokens{saved}", 0.0)
 
 
 class RedisServer:
@@ -216,14 +245,6 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
         )
-        self._client = redis.Redis(port=PORT)
-
-    def count(self) -> int:
-        """Return how many values it holds; 0 before it answers."""
-        try:
-            return int(self._client.dbsize())
-        except redis.ConnectionError:
-            return 0
 
     def stop(self) -> None:
         """End it."""
@@ -232,10 +253,14 @@ class RedisServer:
 
 
 @contextmanager
-def _store() -> Iterator[RedisServer]:
+def _store(url: str | None) -> Iterator[Callable[[End], str]]:
+    """Yield what tells each end the store's URL: of a Redis of our own, unless there is another."""
+    if url is not None:
+        yield lambda _: url
+        return
     server = RedisServer()
     try:
-        yield server
+        yield lambda end: f"redis://{end.here}:{PORT}/0"
     finally:
         server.stop()
 
@@ -249,18 +274,21 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     documents = pd_load.tokens(pd_load.texts(options.texts), model)
     _say(f"about {size.seconds / 60:.0f} min, and {START_S:.0f} s for the engines' start")
     rows: list[Row] = []
+    name = "redis" if options.store is None else urlsplit(options.store).scheme
     with (
         pd_links.laid() as link,
-        _store() as store,
+        _store(options.store) as url_at,
     ):
         roles = [
-            ("kv_both", {"store": {"url": f"redis://{end.here}:{PORT}/0", "recompute": decides}})
+            ("kv_both", {"store": {"url": url_at(end), "recompute": decides}})
             for end, decides in zip(link.ends, (False, True), strict=True)
         ]
         artifacts = pd_profiles.artifacts(options.cache)
-        with pd_servers.running(link, model, artifacts, OUT / "store-logs", roles) as pair:
+        with pd_servers.running(
+            link, model, artifacts, OUT / "store-logs", roles, max_tokens=MAX_TOKENS
+        ) as pair:
             _say(f"the engines run; their logs: {OUT / 'store-logs'}")
-            for row in Bench(pair, pareto, documents, store, "redis").measure(size):
+            for row in Bench(pair, pareto, documents, name).measure(size):
                 rows.append(row)
                 _say(
                     f"{link_name(row['bandwidth_mbit']):>12} {row['prefix_tokens']:5} {row['mode']:<12}"
@@ -275,13 +303,22 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def _parser() -> argparse.ArgumentParser:
+    made = parser(__doc__.partition("\n")[0])
+    made.add_argument(
+        "--store",
+        help="URL of a store, as engines in network namespaces of their own reach it; by default a Redis here",
+    )
+    return made
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:
     """Measure, print, draw and write; 1 if a claim does not hold or nothing could be measured."""
-    options = parser(__doc__.partition("\n")[0]).parse_args()
+    options = _parser().parse_args()
     quick = os.environ.get("QUICK", "") not in ("", "0")
     # so that a terminated run takes its engines and namespaces down, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

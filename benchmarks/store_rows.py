@@ -9,6 +9,8 @@ from rich.table import Table
 RECOMPUTE: Final = "recompute"
 RAW: Final = "raw"
 KVSERVE: Final = "kvserve"
+FLOOR: Final = "floor"
+"""The new tokens alone, without a prefix: no store can be faster."""
 TIMES_RECOMPUTE: Final = 32.8
 """The paper's largest gain over computing anew."""
 LEAST_TIMES: Final = 0.95

@@ -147,6 +147,26 @@ def test_rates_lie_side_by_side(tmp_path: Path) -> None:
     assert find(prefixes_of(KINDS["folder"](tmp_path, Clock()), "model@2"), TOKENS, INT8) == ()
 
 
+@pytest.mark.parametrize("pipeline", [INT8, INT4], ids=["int8", "int4"])
+def test_what_is_stored_again_loses_nothing_more(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A prefix that was fetched and is stored again, inside a longer chunk, comes back as it was fetched."""
+    cache, fetched, again = make_cache(seed=3), make_cache(seed=3), make_cache()
+    half = CHUNK // 2
+    for number, (source, target, stop) in enumerate(
+        [(cache, fetched, half), (fetched, again, CHUNK)]
+    ):
+        prefixes = prefixes_of(KINDS["folder"](tmp_path / str(number), Clock()))
+        assert save(prefixes, TOKENS[:stop], pipeline, source) == 2
+        for value in find(prefixes, TOKENS, pipeline):
+            target.write(value.chunk, (BLOCKS,), *get(prefixes, value))
+    first, second, original = (
+        torch.stack(each.read_tokens(range(LAYOUT.layers), range(half), BLOCKS))
+        for each in (fetched, again, cache)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, original)
+
+
 def damage(value: bytearray) -> Buffer:
     """Flip a bit in the middle."""
     value[len(value) // 2] ^= 4
