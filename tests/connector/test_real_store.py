@@ -74,7 +74,12 @@ def servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Start both; what is there is fetched, however fast they compute."""
     folder = tmp_path_factory.mktemp("store")
     store = folder / "kv"
-    settings = {"url": store.as_uri(), "profile": "lossless", "recompute": False}
+    settings = {
+        "url": store.as_uri(),
+        "profile": "lossless",
+        "recompute": False,
+        "chunk_tokens": 256,
+    }
     cores = sorted(os.sched_getaffinity(0))
     started = [
         start(Plan(role=role, core=core, extra={"store": settings}), tiny_model, folder)

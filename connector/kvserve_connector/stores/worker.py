@@ -27,9 +27,9 @@ from kvserve_strategies import Pipeline, preset
 
 logger = logging.getLogger(__name__)
 
-IDLE_S: Final = 0.004
-"""So long a step that computes nothing waits for news: vLLM would ask again every millisecond, and asking takes the
-time of the core that decodes. A request that arrives meanwhile waits for no longer."""
+IDLE_S: Final = 0.015
+"""So long a step that computes nothing waits for news: vLLM would ask again every millisecond, and each time its three
+processes take two to three from the core that decodes. A request that arrives meanwhile waits for no longer."""
 LATE: Final = "Late"
 """Why a prompt is computed whose lookup did not end in time."""
 
