@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,20 +38,21 @@ class Folded:
     inverse: NDArray[np.float32]
 
 
-_kept: WeakValueDictionary[tuple[Bundle, BasisKey, int], Folded] = WeakValueDictionary()
+_kept: WeakKeyDictionary[Bundle, dict[tuple[BasisKey, int], Folded]] = WeakKeyDictionary()
 
 
 def fold(bundle: Bundle, key: BasisKey, index: int) -> Folded:
-    """Return the matrices of a block; all that use them at a time share them.
+    """Return the matrices of a block; made once in a bundle's life, because a large one takes half a second.
 
     Args:
         bundle: The calibration.
         key: The basis.
         index: Which of its groups.
     """
-    known = _kept.get((bundle, key, index))
+    blocks = _kept.setdefault(bundle, {})
+    known = blocks.get((key, index))
     if known is None:
-        known = _kept[bundle, key, index] = _folded(bundle, key, index)
+        known = blocks.setdefault((key, index), _folded(bundle, key, index))
     return known
 
 

@@ -1,5 +1,7 @@
 """The linear stages of a block as an integer matrix and its inverse."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +55,16 @@ def test_it_is_rounded_for_the_values_of_the_basis(tmp_path: Path) -> None:
     assert error(folded.matrix) < 0.9 * error(np.rint(exact))
 
 
-def test_blocks_are_shared(bundle: Bundle) -> None:
-    """Whoever uses a block has the same arrays; another bundle, even with the same content, has its own."""
+def test_blocks_are_kept(bundle: Bundle) -> None:
+    """A block has the same arrays as long as its bundle lives; another bundle, even of the same content, its own."""
+    inverse = fold(bundle, KEYS[1], 0).inverse
+    gc.collect()
     first = fold(bundle, KEYS[1], 0)
-    assert fold(bundle, KEYS[1], 0) is first
+    assert first.inverse is inverse
     assert fold(bundle, KEYS[1], 1) is not first
-    assert fold(bundle.of_heads(range(2)), KEYS[1], 0) is not first
+    part = bundle.of_heads(range(2))
+    assert fold(part, KEYS[1], 0) is not first
+    gone = weakref.ref(fold(part, KEYS[1], 0))
+    del part
+    gc.collect()
+    assert gone() is None
