@@ -158,6 +158,11 @@ class TransferClient:
         threads = self._early if load.remote.transfer else self._pulls
         threads.submit(self._run, load, active, deadline_s)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a transfer is under way, or waits for its turn."""
+        return bool(self._active)
+
     def cancel(self, request_id: str) -> None:
         """Stop a transfer soon; its outcome is still reported."""
         with self._lock:

@@ -119,14 +119,21 @@ class LeaseBook:
     Args:
         lease_s: How long an unclaimed lease lasts, in seconds.
         now_s: A clock that never goes back.
+        ended: Called when `take_ended` has something to return; must not wait.
 
     Attributes:
         now_s: The clock.
     """
 
-    def __init__(self, lease_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        lease_s: float,
+        now_s: Callable[[], float] = time.monotonic,
+        ended: Callable[[], None] = _at_once,
+    ) -> None:
         self._lease_s = lease_s
         self.now_s = now_s
+        self._on_end = ended
         self._changed = threading.Condition()
         self._held: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
@@ -321,6 +328,12 @@ class LeaseBook:
             counts, self._counts = dict(self._counts), Counter()
             return ended, counts
 
+    @property
+    def claimed(self) -> bool:
+        """Whether one of them is being sent."""
+        with self._changed:
+            return any(entry.claimed for entry in self._held.values())
+
     def __len__(self) -> int:
         with self._changed:
             return len(self._held)
@@ -351,6 +364,7 @@ class LeaseBook:
         self._ended.append(request_id)
         self._counts[str(reason)] += 1
         self._forget(request_id, reason)
+        self._on_end()
 
     def _forget(self, request_id: str, reason: str) -> None:
         entry = self._held.pop(request_id)

@@ -28,6 +28,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
         releases: Prefills elsewhere that nobody will fetch.
         cancelled: Fetches to stop, because their request was aborted.
         unserved: Prefills for a consumer that can't be served here.
+        idle: The step computes nothing.
         store: What concerns the KV store; None without one.
     """
 
@@ -41,6 +42,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     releases: list[Remote] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     unserved: int = 0
+    idle: bool = False
     store: StoreStep | None = None
 
 

@@ -95,6 +95,7 @@ class SchedulerHalf:
 
     def scheduled(self, output: "SchedulerOutput") -> None:
         """Tell how far each prefill for a consumer will be after the step that was scheduled."""
+        self._step.idle = not output.num_scheduled_tokens
         if self._store is not None:
             self._store.scheduled(output)
         blocks = output.kv_connector_block_state

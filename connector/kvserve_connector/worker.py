@@ -49,6 +49,13 @@ thread on one core, the default made coding seven times slower than alone, this 
 share of the core).
 """
 
+IDLE_S: Final = 0.008
+"""So long a step that computes nothing waits for a transfer to end; a request that arrives meanwhile waits no longer.
+
+vLLM would begin the next such step after a millisecond, and its main thread looks for it all the time: it takes the
+core and the interpreter lock of the threads that transfer.
+"""
+
 CODER: Final = "kvserve-code"
 """Name of the threads that encode and decode."""
 REHEARSED_TOKENS: Final = 8192
@@ -82,7 +89,9 @@ class WorkerHalf:
         self._engine = engine
         self._is_producer = is_producer
         self._is_consumer = is_consumer
-        self._leases = LeaseBook(config.lease_s)
+        self._idle = False
+        self._ended = threading.Event()
+        self._leases = LeaseBook(config.lease_s, ended=self._ended.set)
         self._selector = Selector()
         self._metrics = Metrics(self._selector)
         self._bundles = BundleBook(open_artifacts(config), engine.fingerprint, engine.layout)
@@ -240,6 +249,7 @@ class WorkerHalf:
 
     def take(self, step: StepMetadata) -> None:
         """Start what a step brings; nothing here waits."""
+        self._idle = step.idle
         # whole blocks hold more than their first tokens: they are read when the prefill has ended
         if self._form is not None and self._form.opaque is None:
             self._progress = step.progress
@@ -273,7 +283,10 @@ class WorkerHalf:
                 self._client.cancel(request_id)
 
     def results(self) -> KVConnectorTransferResults:
-        """Return what ended since the last call."""
+        """Return what ended since the last call; in a step that computes nothing, wait a moment for it."""
+        if self._idle and self._transfers:
+            self._ended.wait(IDLE_S)
+        self._ended.clear()
         ended, counts = self._leases.take_ended()
         self._metrics.leases_ended(counts)
         saved, loaded, self._invalid = self._store.take_results()
@@ -312,6 +325,11 @@ class WorkerHalf:
         self._store.close()
         self._coders.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def _transfers(self) -> bool:
+        """Whether something is being sent or fetched."""
+        return self._leases.claimed or (self._client is not None and self._client.busy)
+
     def _mine(self, remote: Remote) -> list[Remote]:
         """Return the workers elsewhere that this one speaks to: its like, or all if there are not as many."""
         if remote.ranks == self._engine.ranks:
@@ -331,6 +349,7 @@ class WorkerHalf:
             self._received.add(request_id)
             if outcome.failure:
                 self._failed.add(request_id)
+        self._ended.set()
 
     def _rehearse(self, coder: ChunkCoder, cache: EngineCache, together: threading.Barrier) -> None:
         """Do once, in each thread, what a transfer does, at its full size.

@@ -450,3 +450,12 @@ def test_another_number_of_workers_is_computed_here(
     half.allocated(request, blocks(1, 2, 3), 0)
     (remote,) = half.take_step().releases
     assert remote.ranks == there
+
+
+@pytest.mark.parametrize(("scheduled", "idle"), [({}, True), ({"r1": 5}, False)])
+def test_a_step_says_whether_it_computes(scheduled: dict[str, int], idle: bool) -> None:
+    """The worker half is told of a step without tokens, in which it may wait."""
+    half = make_half()
+    half.scheduled(SimpleNamespace(num_scheduled_tokens=scheduled, kv_connector_block_state=None))
+    assert half.take_step().idle is idle
+    assert half.take_step().idle is False

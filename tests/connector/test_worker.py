@@ -1,6 +1,7 @@
-"""The worker half of an engine whose cache can't be carried: every request is computed, and counted."""
+"""The worker half beside an engine: where the cache can't be carried, and where a step has nothing to compute."""
 
 import logging
+import threading
 import warnings
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 
 from kv_loopback import ENGINE
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.handover import Load
+from kvserve_connector.handover import Lease, Load
+from kvserve_connector.leases import SENT
 from kvserve_connector.remote import Remote
 
 pytestmark = pytest.mark.slow  # importing vLLM takes its time
@@ -64,4 +66,37 @@ def test_nothing_is_carried_and_nothing_fails(
             "failures": {"send Unsupported": 2, "receive Unsupported": 1},
         }
     finally:
+        half.close()
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_step_that_computes_nothing_waits_for_a_transfer(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a prefill is being sent, a step returns as soon as that has ended if it computes nothing, else at once."""
+    from kvserve_connector import worker
+    from kvserve_connector.metadata import StepMetadata
+
+    monkeypatch.setattr(worker, "IDLE_S", 30.0)
+    config = ConnectorConfig(listen_host="127.0.0.1", listen_port=0)
+    half = worker.WorkerHalf(config, ENGINE, is_producer=True, is_consumer=False)
+    lease = Lease(
+        request_id="a",
+        tokens=9,
+        prompt_digest="d",
+        block_ids=((1,),),
+        workload="default",
+        model_s=0.1,
+    )
+    half.take(StepMetadata(leases=[lease], idle=True))
+    # nobody fetches it yet, which may take as long as its lease
+    assert half.results().finished_sending == set()
+    claim = half._leases.claim("a", 0.0)
+    half.take(StepMetadata(idle=idle))
+    timer = threading.Timer(0.1, half._leases.end, (claim.prefill.request_id, SENT))
+    timer.start()
+    try:
+        assert half.results().finished_sending == ({"a"} if idle else set())
+    finally:
+        timer.join()
         half.close()
