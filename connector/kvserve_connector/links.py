@@ -5,6 +5,7 @@ something was waiting to be. Unlike clocks around ``send``, that is not fooled b
 or a process that had to wait for its core.
 """
 
+import math
 import socket
 import struct
 import sys
@@ -22,7 +23,11 @@ SAMPLE_BYTES: Final = 1 << 20
 """Within a transfer, a sample is complete with this many acknowledged bytes, or after `SAMPLE_S` of busy time."""
 SAMPLE_S: Final = 0.05
 TICKS_S: Final = 0.01
-"""The kernel counts busy time in ticks of some milliseconds: less than this says nothing."""
+"""The kernel counts busy time in ticks of some milliseconds: less than this says nothing of a rate."""
+SLACK_S: Final = 0.004
+"""What of a chunk's busy time may be a tick, or a core that was busy otherwise, and not the link."""
+FAST_BYTES: Final = 256 << 10
+"""With as many beyond the bursts, in less than `TICKS_S`, a sample tells how fast a link is at least."""
 BURST_BYTES: Final = 128 << 10
 """What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
 FALL: Final = 0.7
@@ -82,33 +87,71 @@ class TcpProgress:
         )
 
 
-def blend(
-    estimate: float | None, acked_bytes: float, burst_bytes: float, busy_s: float
-) -> float | None:
-    """Return the new estimate of a goodput after one sample, in bytes a second; None if still nothing is known.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What was seen of a link for a while.
 
-    A link is slower than thought if even all bytes, bursts included, came slower; it is faster than thought only if
-    the bytes beyond the bursts came faster.
-
-    Args:
-        estimate: What was thought.
-        acked_bytes: Bytes of the sample.
+    Attributes:
+        acked_bytes: Bytes that were acknowledged.
         burst_bytes: How many of them may have been bursts.
         busy_s: Seconds they took.
+        slack_s: How many of these may not have been the link's.
     """
-    if not busy_s > 0:
-        return estimate
-    whole = acked_bytes / busy_s
-    steady = max(0.0, acked_bytes - burst_bytes) / busy_s
-    if estimate is None:
-        moved = steady or whole
-    elif whole < estimate:
-        moved = estimate + FALL * (whole - estimate)
-    elif steady > estimate:
-        moved = estimate + RISE * (steady - estimate)
+
+    acked_bytes: float
+    burst_bytes: float
+    busy_s: float
+    slack_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goodput:
+    """What is thought of a link, in bytes a second.
+
+    Attributes:
+        bytes_per_s: Its goodput.
+        shown_bytes_per_s: What it has shown to be capable of, as far as nothing has contradicted it since.
+    """
+
+    bytes_per_s: float
+    shown_bytes_per_s: float
+
+
+def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
+    """Return what is thought of a link after one more sample; None if still nothing is known.
+
+    A link is slower than thought if even all bytes, bursts included, came slower in the time that surely was the
+    link's. It is faster than thought if the bytes beyond the bursts came faster. What small transfers say is often
+    neither, because most of their time is not the link's: then the thought returns to what the link has shown, or a few
+    late acknowledgements would make a fast link slow for as long as compressed transfers leave it idle.
+    """
+    if not sample.busy_s > 0:
+        return known
+    whole = sample.acked_bytes / sample.busy_s
+    steady = max(0.0, sample.acked_bytes - sample.burst_bytes) / sample.busy_s
+    surely_s = sample.busy_s - sample.slack_s
+    most = sample.acked_bytes / surely_s if surely_s > 0 else math.inf
+    if known is None:
+        moved = shown = steady or whole
     else:
-        return estimate
-    return min(max(moved, MIN_BYTES_PER_S), MAX_BYTES_PER_S)
+        moved, shown = known.bytes_per_s, known.shown_bytes_per_s
+        surely = surely_s > sample.slack_s
+        if surely:
+            shown = min(shown, most)
+        if most < moved:
+            # where it is sure, as times are averaged, so that a drop to a hundredth takes one sample, too
+            moved = (
+                1 / (FALL / whole + (1 - FALL) / moved)
+                if surely and whole > 0
+                else moved + FALL * (whole - moved)
+            )
+        elif steady > moved:
+            moved += RISE * (steady - moved)
+        elif most >= shown > moved:
+            moved += RISE * (shown - moved)
+        shown = max(shown, moved)
+    moved, shown = (min(max(value, MIN_BYTES_PER_S), MAX_BYTES_PER_S) for value in (moved, shown))
+    return Goodput(bytes_per_s=moved, shown_bytes_per_s=shown)
 
 
 class LinkState:
@@ -124,7 +167,7 @@ class LinkState:
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._lock = threading.Lock()
-        self._bytes_per_s: float | None = None
+        self._goodput: Goodput | None = None
         self._backlog_bytes = 0.0
         self._backlog_s = 0.0
         self._rtt_s = 0.0
@@ -132,6 +175,8 @@ class LinkState:
         self._acked_bytes = 0
         self._burst_bytes = 0
         self._busy_s = 0.0
+        self._slack_s = 0.0
+        self._delivery_bytes_per_s = 0.0
         self._since_s = now_s()
         self.arrivals = Arrivals(self._since_s)
 
@@ -150,8 +195,11 @@ class LinkState:
             encode_backlog_s, share, factor = coders.backlog_s, coders.share, coders.factor
             encoder_load = coders.arrivals.load(time_s, share)
         with self._lock:
+            # a link that became slow in the middle of a transfer is known before the next one chooses
+            self._see()
+            self._learn(final=False)
             return Link(
-                bytes_per_s=self._bytes_per_s or prior_bytes_per_s,
+                bytes_per_s=self._goodput.bytes_per_s if self._goodput else prior_bytes_per_s,
                 # what is left of sums and differences is nothing
                 backlog_bytes=self._backlog_bytes if self._backlog_bytes >= 1 else 0.0,
                 rtt_s=self._rtt_s,
@@ -187,34 +235,60 @@ class LinkState:
 
     def _look(self, connection: socket.socket, *, final: bool) -> None:
         with self._lock:
-            # all at once, or the bytes of one would be held against the time of another
-            for each, last in self._accounts.items():
-                seen = TcpProgress.of(each)
-                if seen is None:
-                    continue
-                self._accounts[each] = seen
-                acked = seen.acked_bytes - last.acked_bytes
-                self._acked_bytes += acked
-                self._burst_bytes += min(acked, BURST_BYTES)
-                self._busy_s += max(0.0, seen.busy_s - last.busy_s)
+            self._see()
             now = self._accounts.get(connection)
-            if now is None:
-                return
-            self._rtt_s = now.min_rtt_s
-            time_s = self._now_s()
-            busy_s = min(self._busy_s, time_s - self._since_s)
-            enough = BURST_BYTES if final else SAMPLE_BYTES
-            complete = self._acked_bytes >= enough or busy_s >= SAMPLE_S
-            if busy_s < TICKS_S:
-                # too fast for the kernel's ticks: its own estimate serves, once there is enough to have one
-                complete = self._acked_bytes >= 8 * SAMPLE_BYTES and now.delivery_bytes_per_s > 0
-                busy_s = self._acked_bytes / max(now.delivery_bytes_per_s, MIN_BYTES_PER_S)
-            if complete:
-                self._bytes_per_s = blend(
-                    self._bytes_per_s, self._acked_bytes, self._burst_bytes, busy_s
-                )
-                self._acked_bytes, self._burst_bytes, self._busy_s = 0, 0, 0.0
-                self._since_s = time_s
+            if now is not None:
+                self._rtt_s = now.min_rtt_s
+                self._learn(final=final)
+
+    def _see(self) -> None:
+        """Bring the accounts up to date, all at once, or the bytes of one would be held against the time of another."""
+        for each, last in self._accounts.items():
+            seen = TcpProgress.of(each)
+            if seen is None:
+                continue
+            self._accounts[each] = seen
+            self._delivery_bytes_per_s = seen.delivery_bytes_per_s
+            acked = seen.acked_bytes - last.acked_bytes
+            busy_s = max(0.0, seen.busy_s - last.busy_s)
+            self._acked_bytes += acked
+            self._burst_bytes += min(acked, BURST_BYTES)
+            self._busy_s += busy_s
+            self._slack_s += min(busy_s, SLACK_S)
+
+    def _learn(self, *, final: bool) -> None:
+        """Learn from what was seen since the last sample, if that is enough for one."""
+        time_s = self._now_s()
+        busy_s = min(self._busy_s, time_s - self._since_s)
+        slack_s = self._slack_s
+        enough = BURST_BYTES if final else SAMPLE_BYTES
+        complete = self._acked_bytes >= enough or busy_s >= SAMPLE_S
+        if busy_s < TICKS_S:
+            steady_bytes = self._acked_bytes - self._burst_bytes
+            complete = (
+                self._goodput is not None
+                and steady_bytes >= FAST_BYTES
+                and steady_bytes > self._goodput.bytes_per_s * TICKS_S
+            )
+            busy_s = slack_s = TICKS_S
+            if self._acked_bytes >= 8 * SAMPLE_BYTES and self._delivery_bytes_per_s > 0:
+                # too fast for ticks: the kernel's own estimate, of so many bytes, serves
+                complete = True
+                busy_s = self._acked_bytes / self._delivery_bytes_per_s
+                slack_s = 0.0
+        if complete:
+            self._goodput = blend(
+                self._goodput,
+                Sample(
+                    acked_bytes=self._acked_bytes,
+                    burst_bytes=self._burst_bytes,
+                    busy_s=busy_s,
+                    slack_s=slack_s,
+                ),
+            )
+            self._acked_bytes, self._burst_bytes = 0, 0
+            self._busy_s = self._slack_s = 0.0
+            self._since_s = time_s
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 from hostile_proxy import HostileProxy
 from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, Pair, make_cache, pair
 from kvserve_api.strategy import Part, StrategyConfig
+from kvserve_connector.links import Goodput
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
@@ -389,7 +390,7 @@ def test_choice_follows_the_link() -> None:
         chosen = []
         for index, bytes_per_s in enumerate((1e10, 1e6, 1e10)):
             link = both.links.link("127.0.0.1")
-            link._bytes_per_s = bytes_per_s
+            link._goodput = Goodput(bytes_per_s=bytes_per_s, shown_bytes_per_s=bytes_per_s)
             both.lease(f"r{index}", 80, FROM)
             outcome = both.fetch(both.load(f"r{index}", range(80), TO))
             assert outcome.accept is not None
