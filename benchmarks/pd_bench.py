@@ -67,7 +67,7 @@ MINUTES: Final = 25.0
 QUICK_MINUTES: Final = 2.0
 BUDGET_BP: Final = 100
 """The quality budget of the policy, and so of what counts as the best fixed profile."""
-OBJECTIVE_S: Final = 1.5
+OBJECTIVE_S: Final = 2.0
 """What most transfers of a MaximizeQuality policy shall take at most."""
 PROBE_TOKENS: Final = 1000
 OVERTIME: Final = 1.05

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from pd_load import course
-from pd_plan import ALONE, KVSERVE, KVSERVE_QUALITY, RAW, Moves
+from pd_plan import ALONE, KVSERVE, KVSERVE_QUALITY, MOVES_MBIT, RAW, SLOW_MBIT, Moves
 from store_rows import RECOMPUTE, link_name
 
 COLOURS: Final = {
@@ -91,12 +91,20 @@ def _moving(axes: Axes, document: Mapping[str, Any]) -> None:
             label=f"{policy}: mean {row['jct_s']['mean']:.2f} s, {row['loss_bp']:.0f} bp",
         )
     moves = Moves()
-    for number in range(0, int(max(at_s) / moves.phase_s) + 1, 2):
-        axes.axvspan(
-            number * moves.phase_s, (number + 1) * moves.phase_s, color="#777777", alpha=0.1
-        )
+    for number in range(int(max(at_s) / moves.phase_s) + 1):
+        mbit = moves.mbit((number + 0.5) * moves.phase_s)
+        if mbit is not None:
+            axes.axvspan(
+                number * moves.phase_s,
+                (number + 1) * moves.phase_s,
+                color="#777777",
+                lw=0,
+                alpha=0.2 if mbit == SLOW_MBIT else 0.08,
+            )
     axes.set_yscale("log")
-    axes.set_xlabel(f"arrival, s (grey: {moves.slow_mbit:g} Mbit/s, else unshaped)")
+    axes.set_xlabel(
+        f"arrival, s (dark {SLOW_MBIT:g} Mbit/s, grey {MOVES_MBIT[1]:g}, white unshaped)"
+    )
     axes.set_ylabel("job completion time, s")
     axes.set_title("The same requests over a moving link")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)

@@ -10,7 +10,7 @@ ALONE: Final = "alone"
 KVSERVE: Final = "kvserve"
 KVSERVE_QUALITY: Final = "kvserve-quality"
 OURS: Final = (KVSERVE, KVSERVE_QUALITY)
-STATICS: Final = ("int8-token", "joint-3-fine", "joint-3", "joint-10", "focus-3")
+STATICS: Final = ("int8-token", "focus-3-fine", "joint-3-fine", "joint-3", "focus-3")
 """Over the moving link; all within the quality budget."""
 FEW: Final = ("cachegen", "joint-10")
 """At constant rates."""
@@ -30,8 +30,10 @@ REGIME: Final = 10.0
 BITS_A_TOKEN: Final = 23_040 * 8
 """Keys and values of SmolLM2-135M in bfloat16."""
 SLOW_MBIT: Final = 20.0
-PHASE_S: Final = 8.0
-"""How long the moving link stays slow, and fast."""
+MOVES_MBIT: Final = (SLOW_MBIT, 100.0, None, 100.0)
+"""The rates of the moving link, in turn; None unshaped."""
+PHASE_S: Final = 6.0
+"""How long it keeps each of them."""
 SWITCH_S: Final = 2.5
 """A policy's table reaching the engines."""
 START_S: Final = 75.0
@@ -46,7 +48,7 @@ class Condition:
     Attributes:
         name: Of the condition.
         mbit: The link's rate; None unshaped. Of a moving link, the rate when it is slow.
-        moving: The link is slow and unshaped by turns.
+        moving: The link's rate changes as `Moves` says.
         requests: How many, the same for every policy.
         per_s: How many arrive in a second; 0: each waits for the one before.
         policies: Which are compared.
@@ -79,19 +81,19 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moves:
-    """When a moving link changes: slow first.
+    """When a moving link changes.
 
     Attributes:
-        slow_mbit: Its rate when slow.
-        phase_s: How long each phase lasts.
+        rates_mbit: Its rates in turn; None unshaped.
+        phase_s: How long it keeps each of them.
     """
 
-    slow_mbit: float = SLOW_MBIT
+    rates_mbit: tuple[float | None, ...] = MOVES_MBIT
     phase_s: float = PHASE_S
 
     def mbit(self, at_s: float) -> float | None:
         """Return the rate at a time; None unshaped."""
-        return None if int(at_s / self.phase_s) % 2 else self.slow_mbit
+        return self.rates_mbit[int(at_s / self.phase_s) % len(self.rates_mbit)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -98,16 +98,11 @@ def test_the_plan_fits_its_time(minutes: int, *, quick: bool) -> None:
     assert sum(c.requests for c in more) > sum(c.requests for c in conditions) or fewest
 
 
-def test_a_moving_link_is_slow_first() -> None:
-    """It alternates between slow and unshaped."""
-    moves = Moves(slow_mbit=20.0, phase_s=8.0)
-    assert [moves.mbit(at_s) for at_s in (0.0, 7.9, 8.0, 15.9, 16.0)] == [
-        20.0,
-        20.0,
-        None,
-        None,
-        20.0,
-    ]
+def test_a_moving_link_has_its_rates_in_turn() -> None:
+    """It begins with the first one, keeps each as long, and begins anew."""
+    moves = Moves(rates_mbit=(20.0, 100.0, None), phase_s=8.0)
+    at_s = (0.0, 7.9, 8.0, 16.0, 23.9, 24.0)
+    assert [moves.mbit(each) for each in at_s] == [20.0, 20.0, 100.0, None, None, 20.0]
 
 
 def test_counters_are_read_from_the_metrics_page() -> None:
