@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from kvserve_api.latency import NO_LOAD, Link
@@ -28,6 +28,8 @@ SLACK_S: Final = 0.004
 """What of a chunk's busy time may be a tick, or a core that was busy otherwise, and not the link."""
 FAST_BYTES: Final = 256 << 10
 """With as many beyond the bursts, in less than `TICKS_S`, a sample tells how fast a link is at least."""
+FORGET_S: Final = 20.0
+"""After so long without a sample that surely was the link's, it may be twice as fast as it has shown since then."""
 BURST_BYTES: Final = 128 << 10
 """What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
 FALL: Final = 0.7
@@ -146,7 +148,8 @@ def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
                 else moved + FALL * (whole - moved)
             )
         elif steady > moved:
-            moved += RISE * (steady - moved)
+            # in less time than can be told: at least so fast
+            moved += (RISE if surely_s > 0 else 1.0) * (steady - moved)
         elif most >= shown > moved:
             moved += RISE * (shown - moved)
         shown = max(shown, moved)
@@ -177,7 +180,8 @@ class LinkState:
         self._busy_s = 0.0
         self._slack_s = 0.0
         self._delivery_bytes_per_s = 0.0
-        self._since_s = now_s()
+        self._best_bytes_per_s = 0.0
+        self._since_s = self._sure_s = now_s()
         self.arrivals = Arrivals(self._since_s)
 
     def snapshot(self, prior_bytes_per_s: float, coders: Coders | None = None) -> Link:
@@ -268,7 +272,8 @@ class LinkState:
             complete = (
                 self._goodput is not None
                 and steady_bytes >= FAST_BYTES
-                and steady_bytes > self._goodput.bytes_per_s * TICKS_S
+                # or little would be learnt of a link that is far faster
+                and steady_bytes > 1.5 * self._goodput.bytes_per_s * TICKS_S
             )
             busy_s = slack_s = TICKS_S
             if self._acked_bytes >= 8 * SAMPLE_BYTES and self._delivery_bytes_per_s > 0:
@@ -277,15 +282,22 @@ class LinkState:
                 busy_s = self._acked_bytes / self._delivery_bytes_per_s
                 slack_s = 0.0
         if complete:
-            self._goodput = blend(
-                self._goodput,
-                Sample(
-                    acked_bytes=self._acked_bytes,
-                    burst_bytes=self._burst_bytes,
-                    busy_s=busy_s,
-                    slack_s=slack_s,
-                ),
+            known = self._goodput
+            if busy_s > 2 * slack_s:
+                self._sure_s = time_s
+            elif known is not None and time_s - self._sure_s > FORGET_S:
+                self._sure_s = time_s
+                hoped = min(2 * known.shown_bytes_per_s, self._best_bytes_per_s)
+                known = replace(known, shown_bytes_per_s=max(known.shown_bytes_per_s, hoped))
+            seen = Sample(
+                acked_bytes=self._acked_bytes,
+                burst_bytes=self._burst_bytes,
+                busy_s=busy_s,
+                slack_s=slack_s,
             )
+            self._goodput = blend(known, seen)
+            if self._goodput is not None:
+                self._best_bytes_per_s = max(self._best_bytes_per_s, self._goodput.bytes_per_s)
             self._acked_bytes, self._burst_bytes = 0, 0
             self._busy_s = self._slack_s = 0.0
             self._since_s = time_s

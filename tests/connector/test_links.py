@@ -186,33 +186,51 @@ def test_links_are_bounded_and_kept_apart() -> None:
     assert book.link("10.0.0.1") is not first
 
 
-def test_small_transfers_show_that_a_slow_link_became_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three chunks of 400 kB in less time than the kernel counts raise 20 Mbit/s beyond 80; of 100 kB, nothing does."""
-    progress = TcpProgress(acked_bytes=0, busy_s=0.0, delivery_bytes_per_s=0.0, min_rtt_s=0.0)
-    monkeypatch.setattr(TcpProgress, "of", lambda _: progress)
-    now_s = 0.0
-    link = LinkState(lambda: now_s)
-    connection = socket.socket()
-    link.attach(connection)
+class Watched:
+    """A link with a connection whose account says what it is told."""
 
-    def send(acked_bytes: int, busy_s: float) -> float:
-        nonlocal progress, now_s
-        now_s += 1.0
-        progress = replace(
-            progress,
-            acked_bytes=progress.acked_bytes + acked_bytes,
-            busy_s=progress.busy_s + busy_s,
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        self._progress = TcpProgress(
+            acked_bytes=0, busy_s=0.0, delivery_bytes_per_s=0.0, min_rtt_s=0.0
         )
-        link.sample(connection)
-        return link.snapshot(PRIOR).bytes_per_s
+        monkeypatch.setattr(TcpProgress, "of", lambda _: self._progress)
+        self._link = LinkState(lambda: self.now_s)
+        self._connection = socket.socket()
+        self._connection.close()
+        self._link.attach(self._connection)
 
-    with connection:
-        assert send(2_500_000, 1.0) < 2.5 * MB
-        for _ in range(100):
-            assert send(100_000, 0.0) < 2.5 * MB
-        for _ in range(3):
-            known = send(400_000, 0.0)
-    assert known > 10 * MB
+    def send(self, acked_bytes: int, busy_s: float) -> float:
+        """Let bytes be acknowledged in a second, and return what is thought of the link then."""
+        self.now_s += 1.0
+        self._progress = replace(
+            self._progress,
+            acked_bytes=self._progress.acked_bytes + acked_bytes,
+            busy_s=self._progress.busy_s + busy_s,
+        )
+        self._link.sample(self._connection)
+        return self._link.snapshot(PRIOR).bytes_per_s
+
+
+def test_small_transfers_show_that_a_slow_link_became_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 400 kB in less time than the kernel counts raise 20 Mbit/s beyond 200; of 100 kB, nothing does."""
+    watched = Watched(monkeypatch)
+    assert watched.send(2_500_000, 1.0) < 2.5 * MB
+    for _ in range(100):
+        assert watched.send(100_000, 0.0) < 2.5 * MB
+    assert watched.send(400_000, 0.0) > 25 * MB
+
+
+def test_what_was_contradicted_long_ago_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that was fast, then slow, is thought faster again where small transfers say nothing against it."""
+    watched = Watched(monkeypatch)
+    assert watched.send(100_000_000, 0.1) > 900 * MB
+    assert watched.send(25_000_000, 1.0) < 40 * MB
+    assert watched.send(1_200_000, 0.04) < 40 * MB
+    for _ in range(200):
+        known = watched.send(120_000, 0.004)
+    assert known > 500 * MB
+    assert watched.send(25_000_000, 1.0) < 40 * MB
 
 
 @pytest.fixture
