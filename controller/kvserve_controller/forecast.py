@@ -20,6 +20,9 @@ PRIOR_SD: Final = 0.15
 PRIOR_WEIGHT: Final = 8.0
 """Before any transfer was seen: predictions scatter by 15 %, as sure as after eight transfers."""
 FORGETTING: Final = 0.98
+CLIP: Final = 2.5
+"""A transfer farther from its prediction than so many standard deviations counts as so far (Huber 1981): one that met a
+link's drop would make all others look late, and no margin of theirs would have helped it."""
 MOST_RESIDUAL: Final = math.log(10.0)
 MOST_MARGIN: Final = 4.0
 """A larger margin would say that nothing is known: the deadline then rules by what is believed."""
@@ -49,7 +52,9 @@ class Forecast:
         if not (predicted_s > 0 and observed_s > 0):
             return
         residual = math.log(observed_s / predicted_s)
-        residual = max(-MOST_RESIDUAL, min(MOST_RESIDUAL, residual))
+        known = self.spread
+        most = min(MOST_RESIDUAL, CLIP * max(known.sd, PRIOR_SD))
+        residual = max(known.bias - most, min(known.bias + most, residual))
         self._weight = self._weight * FORGETTING + 1
         self._sum = self._sum * FORGETTING + residual
         self._squares = self._squares * FORGETTING + residual**2

@@ -92,3 +92,20 @@ def test_the_strictest_objective_rules() -> None:
 def test_margin_is_bounded(bias: float, sd: float, percentile: int) -> None:
     """Whatever was seen, a margin is within 1 and its limit: predictions are never believed to be too long."""
     assert 1.0 <= of(objective(percentile), spread=Spread(bias, sd)) <= MOST_MARGIN
+
+
+def test_a_drop_of_the_link_is_no_scatter() -> None:
+    """Two transfers of 22 that took fifty times as long leave the others' margin at 1.28 or less."""
+    forecast = Forecast()
+    for index in range(22):
+        forecast.add(50.0 if index in (3, 4) else 1.0, 1.0)
+    assert of(objective(), spread=forecast.spread) < 1.28
+
+
+def test_real_scatter_is_learned() -> None:
+    """Where predictions scatter by a factor of 1.8 for good, that is known after fifty transfers, to a fifth."""
+    rng = random.Random(3)
+    forecast = Forecast()
+    for _ in range(50):
+        forecast.add(math.exp(rng.gauss(0, 0.6)), 1.0)
+    assert forecast.spread.sd == pytest.approx(0.6, rel=0.2)
