@@ -2,7 +2,8 @@
 
 It prints one table, draws the convergence, and writes ``build/bench/profiler.json``; ``--json`` prints that instead.
 One evaluation is one measurement of a strategy's quality on all windows of both texts. ``QUICK=1`` takes at most two
-minutes, with fewer seeds and evaluations, and leaves the committed figure alone.
+minutes, with fewer seeds and evaluations, and leaves the committed figure alone. A run that was stopped goes on where
+it was when it is started again, as long as table and code are the same.
 
 The score is the hypervolume of (ratio, loss, codec time) in octaves over a reference point that is worth nothing: no
 compression, a loss of a policy's default budget, the slowest codec of the space. It is a share of what all strategies
@@ -34,6 +35,7 @@ from kvserve_profiler.screening import structure_of
 from kvserve_profiler.sensitivity import MOST_NATS
 from profiler_curves import TARGET, Outcome, Scoring
 from profiler_figure import draw
+from profiler_kept import Kept, Replay
 from profiler_methods import METHODS, SHARE, Problem, replay
 from profiler_table import Table
 
@@ -87,7 +89,9 @@ def main() -> int:
     arguments = parser.parse_args()
     quick = os.environ.get("QUICK", "") not in ("", "0")
     try:
-        document, outcomes = run(Table.read(arguments.table), quick=quick)
+        table = Table.read(arguments.table)
+        kept = Kept.of(OUT / "profiler-replays.jsonl", [arguments.table, *_sources()])
+        document, outcomes = run(table, kept, quick=quick)
     except (KVServeError, OSError) as error:
         print(f"profiler_search: {last_words(error)}", file=sys.stderr)
         return 1
@@ -104,6 +108,7 @@ def main() -> int:
         title=title,
         path=figure,
     )
+    kept.forget()
     if arguments.json:
         print(json.dumps(document))
     else:
@@ -112,7 +117,7 @@ def main() -> int:
     return 0
 
 
-def run(table: Table, *, quick: bool) -> tuple[dict[str, Any], list[Outcome]]:
+def run(table: Table, kept: Kept, *, quick: bool) -> tuple[dict[str, Any], list[Outcome]]:
     """Replay every search and return what it came to, as JSON and for the figure."""
     efforts = QUICK if quick else WHOLE
     problem, losses_bp, scoring = problem_of(table)
@@ -124,7 +129,7 @@ def run(table: Table, *, quick: bool) -> tuple[dict[str, Any], list[Outcome]]:
     _say(f"{count} strategies, {len(efforts)} searches: about {max(about_s / 60, 1):.0f} min")
     outcomes = []
     for name, effort in efforts.items():
-        outcomes.append(measure(name, effort, problem, losses_bp, scoring))
+        outcomes.append(measure(name, effort, problem, losses_bp, scoring, kept))
         _say(f"{name}: {effort.seeds} seeds done")
     evaluation_s = float(table.evaluation_s.mean())
     return document_of(table, scoring, outcomes, evaluation_s), outcomes
@@ -183,18 +188,27 @@ def measure(
     problem: Problem,
     losses_bp: NDArray[np.float64],
     scoring: Scoring,
+    kept: Kept,
     clock: Callable[[], float] = time.thread_time,
 ) -> Outcome:
-    """Replay one search with each of its seeds."""
-    curves, spent_s, evaluations = [], 0.0, 0
+    """Replay one search with each of its seeds, if it was not."""
     most = effort.evaluations or len(problem.points)
+    replays = []
     for seed in range(effort.seeds):
-        start_s = clock()
-        order = list(replay(METHODS[name](problem, seed), losses_bp, most))
-        spent_s += clock() - start_s
-        evaluations += len(order)
-        curves.append(scoring.curve(order))
-    return Outcome(name=name, curves=tuple(curves), suggest_s=spent_s / evaluations)
+        done = kept.find(name, seed, most)
+        if done is None:
+            start_s = clock()
+            order = list(replay(METHODS[name](problem, seed), losses_bp, most))
+            spent_s = clock() - start_s
+            done = Replay(name=name, seed=seed, most=most, order=order, spent_s=spent_s)
+            kept.add(done)
+        replays.append(done)
+    evaluations = sum(len(done.order) for done in replays)
+    return Outcome(
+        name=name,
+        curves=tuple(scoring.curve(done.order) for done in replays),
+        suggest_s=sum(done.spent_s for done in replays) / evaluations,
+    )
 
 
 def document_of(
@@ -253,6 +267,16 @@ def _caption(document: dict[str, Any]) -> str:
         f"at least {document['all_knowing']} are needed; KVServe: {found}; "
         f"suggesting takes {document['overhead']:.0%} of an evaluation's time"
     )
+
+
+def _sources() -> list[Path]:
+    """Return the files of the code that decides what searches measure."""
+    folders = (ROOT / "profiler" / "kvserve_profiler", ROOT / "benchmarks")
+    return [
+        path
+        for folder, name in zip(folders, ("*.py", "profiler_*.py"), strict=True)
+        for path in sorted(folder.glob(name))
+    ]
 
 
 def _say(line: str) -> None:

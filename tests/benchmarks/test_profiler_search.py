@@ -14,6 +14,7 @@ from kvserve_profiler.pool import Pool
 from kvserve_profiler.space import Space
 from kvserve_profiler.space_families import space_of
 from profiler_curves import Outcome, Scoring, evals_to
+from profiler_kept import Kept, Replay
 from profiler_methods import METHODS, replay
 from profiler_paper import acquisition
 from profiler_search import Effort, document_of, measure, printed, problem_of
@@ -154,8 +155,11 @@ def test_document_and_figure(
     """The result has what the benchmark promises, in numbers that follow from the curves; and it is drawn."""
     problem, losses, scoring = problem_of(table)
     ticks = iter(range(100))
+    kept = Kept(tmp_path / "replays.jsonl", "basis")
     outcomes = [
-        measure(name, Effort(2, evaluations, 0), problem, losses, scoring, lambda: next(ticks))
+        measure(
+            name, Effort(2, evaluations, 0), problem, losses, scoring, kept, lambda: next(ticks)
+        )
         for name, evaluations in (("random", 0), ("KVServe", 10))
     ]
     document = json.loads(json.dumps(document_of(table, scoring, outcomes, 0.5)))
@@ -172,6 +176,24 @@ def test_document_and_figure(
     profiler_figure.draw(outcomes, space=count, budget=count // 50, title="small", path=path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert printed(document).row_count == 2
+
+
+def test_a_comparison_that_was_stopped_goes_on(table: Table, tmp_path: Path) -> None:
+    """What is kept is not replayed again, but for what was cut short, and what another table or code gave."""
+    problem, losses, scoring = problem_of(table)
+    path = tmp_path / "replays.jsonl"
+    kept = Kept(path, "basis")
+    kept.add(Replay(name="random", seed=0, most=4, order=[3, 0, 1, 2], spent_s=8.0))
+    path.write_text(path.read_text() + '{"name": "random", "seed": 1, "most"')
+    ticks = iter([10.0, 12.0])
+    again = Kept(path, "basis")
+    effort = Effort(2, 4, 0)
+    outcome = measure("random", effort, problem, losses, scoring, again, lambda: next(ticks))
+    np.testing.assert_array_equal(outcome.curves[0], scoring.curve([3, 0, 1, 2]))
+    assert outcome.suggest_s == pytest.approx((8 + 2) / 8)
+    assert Kept(path, "basis").find("random", 1, 4) is not None
+    assert Kept(path, "other").find("random", 0, 4) is None
+    assert Kept(path, "basis").find("random", 0, 4) is None
 
 
 def test_efforts_name_searches() -> None:
