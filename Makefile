@@ -7,6 +7,8 @@ STAMP := .venv/.synced
 # Tests share the cores, but for those that start whole nodes and servers.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# found without importing all the others once more
+ALONE = $(shell grep -rl --include='test_*.py' mark.alone tests | sort)
 export PYTHONPATH := tools/testcluster:tools/demo
 
 .PHONY: help setup native setup-cluster lint format test test-fast bench-codec bench-controller bench-push bench-pd bench-store demo cluster-up cluster-down lock proto crds clean bench-profiler
@@ -41,7 +43,7 @@ format: $(STAMP) ## Format and fix
 
 test: setup-cluster lint ## Set everything up and run all tests
 	.venv/bin/pytest $(PARALLEL) -m "not alone"
-	.venv/bin/pytest -m alone
+	.venv/bin/pytest -m alone $(ALONE)
 
 test-fast: setup-cluster ## The tests that run on every change
 	.venv/bin/pytest $(PARALLEL) -m "not slow"
