@@ -394,7 +394,7 @@ def test_tiles(
     """Every pair lies where the tiles' strides say, in the blocks that were named, and nothing else changes."""
     monkeypatch.setenv("KVSERVE_SIMD", level)
     shape = (4, 2, 2, inner, groups, columns)
-    pair, word = {2: (np.uint32, np.uint16), 4: (np.uint64, np.uint32)}[size]
+    pair, word = np.dtype(f"u{2 * size}"), np.dtype(f"u{size}")
     memory = np.zeros([shape[axis] for axis in order], pair)
     target = memory.transpose([order.index(axis) for axis in range(6)])
     dice = np.random.default_rng(size)
