@@ -1,6 +1,10 @@
-"""A real vLLM server that hands over to itself, with caches that are carried as whole blocks."""
+"""A real vLLM server that hands over to itself under a secret and TLS, with caches that are carried as whole blocks."""
 
+import contextlib
+import dataclasses
+import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import opaque_models
+from kvserve_connector.protocol import Kind, pack_header
+from members import NAME, Members
 from vllm_servers import Plan, Server, hand_over, make_prompt, prefill, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
@@ -40,11 +46,14 @@ CASES = {
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Case, Server]]:
-    """A server that prefills for itself."""
+    """A server that prefills for itself, and that nobody is a peer of without the secret and a certificate."""
     folder = tmp_path_factory.mktemp("opaque")
+    files = Members(folder / "members").with_tls(secret=True)
     plan = Plan(
         role="kv_both",
         core=max(os.sched_getaffinity(0)),
+        extra={name: str(path) for name, path in dataclasses.asdict(files).items()}
+        | {"tls_server_name": NAME},
         arguments=(
             "--max-num-batched-tokens",
             str(STEP),
@@ -87,3 +96,20 @@ def test_lost_blocks_are_recomputed(served: tuple[Case, Server]) -> None:
     params = prefill(server, prompt) | {"remote_port": 1}
     assert server.text(prompt, 8, kv_transfer_params=params) == alone
     assert server.count("vllm:kvserve_transfer_failures_total", 'reason="PeerLost"') == 1
+
+
+def test_a_stranger_gets_no_kv(served: tuple[Case, Server]) -> None:
+    """Who asks for KV in plain words is turned away and counted, and a peer still gets it."""
+    _, server = served
+    prompt = make_prompt(1 + STEP, seed=12)
+    alone = server.text(prompt, 8)
+    params = prefill(server, prompt)
+    failed = server.count("vllm:kvserve_transfer_failures_total")
+    pull = json.dumps({"request_id": params["remote_request_id"]}).encode()
+    with socket.create_connection(("127.0.0.1", params["remote_port"]), timeout=10) as stranger:
+        stranger.sendall(pack_header(Kind.PULL, len(pull)) + pull)
+        with contextlib.suppress(ConnectionResetError):
+            assert len(stranger.recv(1 << 16)) < 1 << 12
+    assert server.text(prompt, 8, kv_transfer_params=params) == alone
+    assert server.count("vllm:kvserve_transfer_failures_total", 'reason="Unauthenticated"') == 1
+    assert server.count("vllm:kvserve_transfer_failures_total") == failed + 1

@@ -66,8 +66,10 @@ class HostileProxy:
             except OSError:
                 return
             server = socket.socket()
-            # little room, so that what has not been forwarded is still with the server
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            # little room, so that what has not been forwarded is still with the server; but room for many segments, and
+            # these as on a wire: loopback's of 64 KiB fit a small one singly, and then the kernel's timers set the pace
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
             self.connections += [client, server]
             try:
                 server.connect(("127.0.0.1", self.target))
