@@ -75,12 +75,12 @@ class Size:
 
     prefixes: tuple[int, ...] = (500, 1000, 2000)
     rates_mbit: tuple[float | None, ...] = (100.0, 1000.0, None)
-    modes: tuple[str, ...] = (RAW, "joint-layer", "joint-3", "focus-3", KVSERVE)
+    modes: tuple[str, ...] = (RAW, "joint-layer", "focus-3", KVSERVE)
     long: int = 8000
     long_mbit: float = 1000.0
     repeats: int = 3
-    texts: int = 2
-    seconds: float = 240.0
+    texts: int = 1
+    seconds: float = 150.0
 
 
 QUICK: Final = Size(

@@ -27,7 +27,7 @@ from kvserve_strategies import Pipeline, preset
 
 logger = logging.getLogger(__name__)
 
-IDLE_S: Final = 0.015
+IDLE_S: Final = 0.02
 """So long a step that computes nothing waits for news: vLLM would ask again every millisecond, and each time its three
 processes take two to three from the core that decodes. A request that arrives meanwhile waits for no longer."""
 LATE: Final = "Late"
