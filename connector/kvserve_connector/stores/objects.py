@@ -18,7 +18,7 @@ from kvserve_api.errors import (
 from kvserve_connector.stores.store import Buffer, Stopwatch
 
 _READ_BYTES: Final = 4 << 20
-_HEADS: Final = 64
+HEADS: Final = 64
 """Keys that are asked for at once: no question asks for several, and in turn each would take a round trip."""
 
 
@@ -99,7 +99,7 @@ class ObjectStore:
 
     async def _there(self, keys: Sequence[str], timeout_s: float) -> list[bool]:
         """Ask for many keys side by side; the first that fails ends it."""
-        turns = asyncio.Semaphore(_HEADS)
+        turns = asyncio.Semaphore(HEADS)
 
         async def one(key: str) -> bool:
             async with turns:

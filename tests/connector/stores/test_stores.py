@@ -1,11 +1,14 @@
 """Every kind of store does the same, and what goes wrong with one has a type."""
 
+import asyncio
 import os
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
 
 from kvserve_api.errors import (
@@ -17,6 +20,7 @@ from kvserve_api.errors import (
     WireReason,
 )
 from kvserve_connector.stores.folder import FolderStore
+from kvserve_connector.stores.objects import HEADS
 from kvserve_connector.stores.store import GuardedStore
 from kvserve_connector.stores.url import open_kv_store
 from store_kinds import CLOCKED, KINDS, TTL_S, Clock
@@ -99,6 +103,30 @@ def test_writers_of_one_value(kind: str, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert seen <= {bytes([number]) * 20_000 for number in range(4)}
+
+
+def test_a_bucket_is_asked_for_many_keys_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many questions are under way at once, all are answered, and together they take no longer than they may."""
+    store = KINDS["memory"](tmp_path, Clock())
+    keys = [f"many/{number}" for number in range(2 * HEADS)]
+    for key in keys[::3]:
+        store.put(key, b"x", timeout_s=SOON)
+    under_way: list[int] = [0]
+    head = obstore.head_async
+
+    async def slow(client: Any, key: str) -> Any:
+        under_way.append(under_way[-1] + 1)
+        await asyncio.sleep(0.02)
+        under_way.append(under_way[-1] - 1)
+        return await head(client, key)
+
+    monkeypatch.setattr(obstore, "head_async", slow)
+    assert store.exists(keys, timeout_s=SOON) == set(keys[::3])
+    assert max(under_way) == HEADS
+    with pytest.raises(TransferError, match="Timeout"):
+        store.exists(keys, timeout_s=0.01)
 
 
 def folder(path: Path, max_bytes: int = 1 << 20, clock: Clock | None = None) -> FolderStore:
