@@ -81,14 +81,18 @@ def plan_ahead(
         step_tokens: Most tokens that the engine computes in one step.
     """
     step = max(min(step_tokens, AHEAD_TOKENS), -(-len(tokens) // AHEAD_RANGES))
-    fine = -(-form.layout.layers // LEAST_CUTS)
     return plan_form(
         form,
         tokens,
-        min(chunk_layers, fine),
+        ahead_layers(form, chunk_layers),
         layer_multiple=layer_multiple,
         most_tokens=max(1, round(step / TOKEN_STEP)) * TOKEN_STEP,
     )
+
+
+def ahead_layers(form: Form, chunk_layers: int) -> int:
+    """Return the most layers in a chunk of `plan_ahead`, where the strategy allows it."""
+    return min(chunk_layers, -(-form.layout.layers // LEAST_CUTS))
 
 
 def plan(

@@ -1,7 +1,7 @@
 """Coding of one chunk: the connector's only door to `kvserve_strategies`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -85,17 +85,27 @@ class ChunkCoder:
         """
         return self._decode(blob, chunk, self._find_bundle)
 
-    def warm_up(self, pipeline: Pipeline) -> None:
+    def warm_up(self, pipeline: Pipeline, chunk_layers: Collection[int] = (2,)) -> None:
         """Code small chunks there and back, so that the first transfer does not wait for compilers.
 
         What is calibrated has other matrices in each group of layers: then every group is coded once.
+
+        Args:
+            pipeline: What will code.
+            chunk_layers: Most layers in a chunk, for each way in which transfers are cut.
         """
         tokens = range(WARM_UP_TOKENS)
         # not those of `decode`, among which it may not be yet
         own = {} if pipeline.bundle is None else {pipeline.bundle.digest: pipeline.bundle}
-        chunks = plan_form(self._form, tokens, 2, layer_multiple=pipeline.layer_step)
+        chunks = dict.fromkeys(
+            chunk
+            for layers in chunk_layers
+            for chunk in plan_form(self._form, tokens, layers, layer_multiple=pipeline.layer_step)
+        )
         # uncalibrated, what is compiled depends on the dtype only
-        firsts = {self._form.parts[chunk.part].layout.dtype: chunk for chunk in reversed(chunks)}
+        firsts = {
+            self._form.parts[chunk.part].layout.dtype: chunk for chunk in reversed(list(chunks))
+        }
         for chunk in chunks if own else firsts.values():
             layout = self._form.parts[chunk.part].layout
             shape = (len(chunk.layers), len(chunk.tokens), layout.kv_heads, layout.head_dim)

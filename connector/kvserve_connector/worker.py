@@ -18,7 +18,7 @@ from kvserve_api.errors import SpecError, UnsupportedError
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
 from kvserve_connector.cache import EngineCache, open_cache
-from kvserve_connector.chunks import plan_form
+from kvserve_connector.chunks import ahead_layers, plan_form
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
@@ -372,12 +372,14 @@ class WorkerHalf:
 
     def _warm_up(self, ready: ReadyTable) -> None:
         """Code with each pipeline that the last table did not have: tables that only learned something come often."""
-        if self._coder is None:
+        if self._coder is None or self._form is None:
             return
+        layers = self._config.chunk_layers
+        ways = {layers, ahead_layers(self._form, layers)}
         pipelines = tuple(ready.pipelines.values())
         for pipeline in pipelines:
             if not any(pipeline is warm for warm in self._warm):
-                self._coder.warm_up(pipeline)
+                self._coder.warm_up(pipeline, ways)
         self._warm = pipelines
 
 

@@ -14,11 +14,14 @@ import torch
 from hostile_proxy import HostileProxy
 from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, Pair, make_cache, pair
 from kvserve_api.strategy import Part, StrategyConfig
+from kvserve_connector.chunks import ahead_layers, plan_ahead, plan_form
+from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.links import Goodput
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
 from kvserve_strategies.bundle import Bundle
+from kvserve_strategies.projection import _matrices
 from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
@@ -121,6 +124,25 @@ def test_calibrated_profile_crosses(bundle: Bundle) -> None:
         ):
             assert torch.equal(ours[:, :4], theirs[:, :4])
             assert 0 < (ours - theirs).float().abs().max() < 0.1
+
+
+def test_nothing_is_made_ready_in_a_transfer(bundle: Bundle) -> None:
+    """After warming up for both ways of cutting, coding a chunk of either builds no matrices."""
+    pipeline = calibrated(bundle).pipelines["int4-token"]
+    coder = ChunkCoder(FORM, {bundle.digest: bundle}.get)
+    ways = {7, ahead_layers(FORM, 7)}
+    assert len(ways) == 2
+    coder.warm_up(pipeline, ways)
+    built = _matrices.cache_info().misses
+    step = pipeline.layer_step
+    for chunk in (
+        *plan_form(FORM, range(64), 7, layer_multiple=step),
+        *plan_ahead(FORM, range(64), 7, layer_multiple=step, step_tokens=64),
+    ):
+        shape = (len(chunk.layers), 64, LAYOUT.kv_heads, LAYOUT.head_dim)
+        keys = torch.zeros(shape, dtype=getattr(torch, LAYOUT.dtype))
+        coder.decode(bytearray(coder.encode(pipeline, chunk, keys, keys)), chunk)
+    assert _matrices.cache_info().misses == built
 
 
 def test_consumer_without_the_bundle_gets_raw(bundle: Bundle) -> None:
