@@ -113,10 +113,12 @@ class Goodput:
     Attributes:
         bytes_per_s: Its goodput.
         shown_bytes_per_s: What it has shown to be capable of, as far as nothing has contradicted it since.
+        doubted: The last sample said that the link surely is slower.
     """
 
     bytes_per_s: float
     shown_bytes_per_s: float
+    doubted: bool = False
 
 
 def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
@@ -133,20 +135,20 @@ def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
     steady = max(0.0, sample.acked_bytes - sample.burst_bytes) / sample.busy_s
     surely_s = sample.busy_s - sample.slack_s
     most = sample.acked_bytes / surely_s if surely_s > 0 else math.inf
+    doubted = False
     if known is None:
         moved = shown = steady or whole
     else:
         moved, shown = known.bytes_per_s, known.shown_bytes_per_s
-        surely = surely_s > sample.slack_s
-        if surely:
-            shown = min(shown, most)
         if most < moved:
-            # where it is sure, as times are averaged, so that a drop to a hundredth takes one sample, too
-            moved = (
-                1 / (FALL / whole + (1 - FALL) / moved)
-                if surely and whole > 0
-                else moved + FALL * (whole - moved)
-            )
+            doubted = surely_s > sample.slack_s
+            if doubted and known.doubted:
+                # one may have waited for a core, two in a row are the link: as times are averaged, so that a drop to a
+                # hundredth needs no third
+                shown = min(shown, most)
+                moved = 1 / (FALL / whole + (1 - FALL) / moved) if whole else MIN_BYTES_PER_S
+            else:
+                moved += FALL * (whole - moved)
         elif steady > moved:
             # in less time than can be told: at least so fast
             moved += (RISE if surely_s > 0 else 1.0) * (steady - moved)
@@ -154,7 +156,7 @@ def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
             moved += RISE * (shown - moved)
         shown = max(shown, moved)
     moved, shown = (min(max(value, MIN_BYTES_PER_S), MAX_BYTES_PER_S) for value in (moved, shown))
-    return Goodput(bytes_per_s=moved, shown_bytes_per_s=shown)
+    return Goodput(bytes_per_s=moved, shown_bytes_per_s=shown, doubted=doubted)
 
 
 class LinkState:
