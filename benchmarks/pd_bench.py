@@ -103,13 +103,14 @@ class Run:
             self._drive(requests[:3], self._route(policy), calm)
         probes = [replace(r, prompt=(r.prompt * 2)[:PROBE_TOKENS]) for r in requests[3:]]
         found = self._drive(probes, self._route(ALONE), calm)
-        fastest = min(found, key=lambda t: t.ttft_s)
-        if fastest.error:
-            raise pd_servers.ServerError(f"the prefill engine does not answer: {fastest.error}")
+        # not the fastest: what this machine does only at its best would overload it
+        usual = sorted(found, key=lambda t: t.ttft_s)[len(found) // 2]
+        if error := next((t.error for t in found if t.error), ""):
+            raise pd_servers.ServerError(f"the prefill engine does not answer: {error}")
         mean_tokens = pd_load.mean_tokens()
         return Speeds(
-            prefill_s_per_token=fastest.ttft_s / PROBE_TOKENS,
-            job_s=fastest.ttft_s * mean_tokens / PROBE_TOKENS + fastest.jct_s - fastest.ttft_s,
+            prefill_s_per_token=usual.ttft_s / PROBE_TOKENS,
+            job_s=usual.ttft_s * mean_tokens / PROBE_TOKENS + usual.jct_s - usual.ttft_s,
             mean_tokens=mean_tokens,
         )
 
