@@ -12,20 +12,20 @@ from kvserve_api.canonical import digest_bytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """What a search measured with one seed.
+    """What a search found with one seed.
 
     Attributes:
         name: Of the search.
         seed: Its seed.
         most: Evaluations after which it was to stop.
-        order: Indices of what it measured.
+        curve: Share of the hypervolume after each evaluation.
         spent_s: Processor seconds it took.
     """
 
     name: str
     seed: int
     most: int
-    order: list[int]
+    curve: list[float]
     spent_s: float
 
 

@@ -200,13 +200,14 @@ def measure(
             start_s = clock()
             order = list(replay(METHODS[name](problem, seed), losses_bp, most))
             spent_s = clock() - start_s
-            done = Replay(name=name, seed=seed, most=most, order=order, spent_s=spent_s)
+            curve = scoring.curve(order).tolist()
+            done = Replay(name=name, seed=seed, most=most, curve=curve, spent_s=spent_s)
             kept.add(done)
         replays.append(done)
-    evaluations = sum(len(done.order) for done in replays)
+    evaluations = sum(len(done.curve) for done in replays)
     return Outcome(
         name=name,
-        curves=tuple(scoring.curve(done.order) for done in replays),
+        curves=tuple(np.array(done.curve) for done in replays),
         suggest_s=sum(done.spent_s for done in replays) / evaluations,
     )
 
