@@ -18,7 +18,7 @@ from kvserve_profiler.folder import RunFolder
 from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import require_feasible
 from kvserve_profiler.report import Section, render
-from kvserve_profiler.settings import Settings
+from kvserve_profiler.settings import GRADIENTS, Settings
 from kvserve_profiler.tables import results
 from kvserve_profiler.task import BUNDLE_KEY, Task
 from kvserve_profiler.tasks.sources import of_files
@@ -35,7 +35,7 @@ def run_local(
     text_files: Mapping[str, Path],
     task_files: Mapping[tuple[str, str], Path],
     threads: int,
-    gradients: int = 0,
+    gradients: int = GRADIENTS,
     artifacts: str = "",
     calibration_tokens: int | None = None,
 ) -> None:

@@ -1,9 +1,12 @@
 """How a run measures. Part of the identity of its trials: other settings give other numbers."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvserve_api.errors import SpecError
+
+GRADIENTS: Final = 16
+"""Gradients of a window: with fewer the directed forecast is lost in their noise, more take memory and time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +32,7 @@ class Settings:
     continuation_tokens: int = 128
     max_windows: int = 4
     first_windows: int = 1
-    gradients: int = 0
+    gradients: int = GRADIENTS
     block_tokens: int = 32
     resamples: int = 2000
     confidence_percent: float = 95.0

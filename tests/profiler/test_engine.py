@@ -22,6 +22,7 @@ from kvserve_profiler.narrowing import family_of
 from kvserve_profiler.outcome import pareto_set, require_feasible
 from kvserve_profiler.plan import search_is_over
 from kvserve_profiler.quality import MeasurementError
+from kvserve_profiler.settings import Settings
 from kvserve_profiler.task import Task
 from kvserve_profiler.tasks.items import TaskSet
 from kvserve_profiler.texts import Text, unique
@@ -79,6 +80,22 @@ def test_a_run_measures_what_is_known_of_the_presets(make_task: MakeTask) -> Non
     )
     assert steps[-1] == Progress(completed=4, failed=0, total=4)
     assert ParetoSet.parse(result.canonical()) == result
+
+
+def test_a_run_forecasts_what_strategies_lose(make_task: MakeTask, settings: Settings) -> None:
+    """Before its first trial it knows that less bits lose more; without gradients it forecasts nothing."""
+    task = make_task(max_trials=1)
+    _, log, _ = run(task)
+    assert log.screening is not None
+    found = {one.name: log.screening.of(one.strategy) for one in task.space}
+    forecasts = {name: cheap.forecast_bp for name, cheap in found.items() if cheap is not None}
+    assert forecasts[NONE] == ((0.0, 0.0),)
+    assert {len(pairs) for pairs in forecasts.values()} == {1}
+    for kind in range(2):
+        assert 0 < forecasts["int8-token"][0][kind] < forecasts["int4-token"][0][kind]
+    _, bare, _ = run(make_task(max_trials=1, settings=dataclasses.replace(settings, gradients=0)))
+    assert bare.screening is not None
+    assert {cheap.forecast_bp for cheap in bare.screening.found.values() if cheap} == {()}
 
 
 def test_the_same_seed_gives_the_same_qualities(make_task: MakeTask) -> None:
