@@ -16,7 +16,7 @@ def put(
 
     Args:
         rows: ``[tokens, heads, dim]``, contiguous: numbers of two or four bytes, for one block after the other.
-        blocks: Which blocks, contiguous.
+        blocks: Which blocks.
         tiles: ``[blocks, heads, outer, inner, groups, columns]``, any strides: pairs as single elements of twice the
             size. Tokens are outer times inner, dimensions groups times columns, whichever is paired counted in pairs.
         of_tokens: Whether two tokens make a pair, else two dimensions.
@@ -36,6 +36,7 @@ def put(
     if library is None or simd() == Simd.NUMBA or rows.itemsize != 2:
         tiles_ref.put(rows, blocks, tiles, of_tokens=of_tokens)
         return
+    blocks = np.ascontiguousarray(blocks, np.int64)
     form = np.array([*tiles.shape[1:], *(stride // 4 for stride in tiles.strides)], np.int64)
     address = form.ctypes.data
     library.kvserve_tiles(
