@@ -186,7 +186,7 @@ class FrameSocket:
         self.send(blob)
 
     def receive_header(self) -> FrameHeader:
-        """Receive a frame's header; those that only say that the peer is alive, or try the link, are passed over.
+        """Receive a frame's header; those that only say that the peer is alive are passed over.
 
         Raises:
             TransferError: The peer is gone or silent.
@@ -196,10 +196,8 @@ class FrameSocket:
             data = bytearray(HEADER_BYTES)
             self.receive_into(memoryview(data))
             header = parse_header(bytes(data), self._seed)
-            if header.kind != Kind.WAIT:
+            if header.kind != Kind.WAIT or header.length:
                 return header
-            # what it may hold only shows what the link is capable of
-            self.receive_body(header)
 
     def receive_body(self, header: FrameHeader) -> bytes:
         """Receive a control message's body; its length is checked before anything is allocated."""

@@ -36,12 +36,6 @@ FALL: Final = 0.7
 """Weight of a sample below the estimate: a drop is believed almost at once, because every transfer suffers by it."""
 RISE: Final = 0.5
 """Weight of a sample above it: two transfers after a recovery three quarters of the way are made."""
-PROBE_BYTES: Final = 448 << 10
-"""Beyond a burst enough to tell, of a link that is idle anyhow, whether it has become faster."""
-PROBE_AFTER_S: Final = 3.0
-"""A link is probed when it has told nothing for so long."""
-PROBED_BYTES_PER_S: Final = (1e6, 16e6)
-"""Of a slower link a probe would take too long, of a faster one it tells nothing."""
 MIN_BYTES_PER_S: Final = 1e3
 MAX_BYTES_PER_S: Final = 1e12
 MAX_LINKS: Final = 256
@@ -189,7 +183,7 @@ class LinkState:
         self._slack_s = 0.0
         self._delivery_bytes_per_s = 0.0
         self._best_bytes_per_s = 0.0
-        self._since_s = self._sure_s = self._told_s = now_s()
+        self._since_s = self._sure_s = now_s()
         self.arrivals = Arrivals(self._since_s)
 
     def snapshot(self, prior_bytes_per_s: float, coders: Coders | None = None) -> Link:
@@ -245,21 +239,6 @@ class LinkState:
         """Look at a connection's account; what is too little for a sample waits for more."""
         self._look(connection, final=False)
 
-    def probe_bytes(self) -> int:
-        """Return how many bytes of nothing to send while a transfer has to wait; 0 if the link is known or busy.
-
-        Small transfers fit into what shapers let pass at once, and do not show that a slow link has become fast.
-        """
-        time_s = self._now_s()
-        with self._lock:
-            least, most = PROBED_BYTES_PER_S
-            unsure = self._goodput is not None and least <= self._goodput.bytes_per_s <= most
-            idle = not self._accounts and self._backlog_bytes < 1
-            if not (unsure and idle and time_s - self._told_s >= PROBE_AFTER_S):
-                return 0
-            self._told_s = time_s
-            return PROBE_BYTES
-
     def _look(self, connection: socket.socket, *, final: bool) -> None:
         with self._lock:
             self._see()
@@ -307,7 +286,7 @@ class LinkState:
         if complete:
             known = self._goodput
             if busy_s > 2 * slack_s:
-                self._sure_s = self._told_s = time_s
+                self._sure_s = time_s
             elif known is not None and time_s - self._sure_s > FORGET_S:
                 self._sure_s = time_s
                 hoped = min(2 * known.shown_bytes_per_s, self._best_bytes_per_s)
@@ -319,8 +298,6 @@ class LinkState:
                 slack_s=slack_s,
             )
             self._goodput = blend(known, seen)
-            if self._goodput and known and self._goodput.bytes_per_s > known.bytes_per_s:
-                self._told_s = time_s
             if self._goodput is not None:
                 self._best_bytes_per_s = max(self._best_bytes_per_s, self._goodput.bytes_per_s)
             self._acked_bytes, self._burst_bytes = 0, 0

@@ -6,7 +6,7 @@ body is a self-describing blob with checksums of its own. Over one connection, o
 
     consumer                      producer
     PULL {what, who I am}   →
-                            ←     WAIT  (once a second, whenever the prefill is not so far; a body only tries the link)
+                            ←     WAIT  (once a second, whenever the prefill is not so far)
                             ←     ACCEPT {profile, plan}   or   REFUSE {reason, detail}
                             ←     CHUNK blob  (as often as the plan says)
                             ←     END {times, link}        or   REFUSE

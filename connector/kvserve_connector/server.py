@@ -37,7 +37,7 @@ from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Door
 from kvserve_connector.leases import SENT, Claim, LeaseBook
-from kvserve_connector.links import LinkBook, LinkState, Promise
+from kvserve_connector.links import LinkBook, Promise
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, Renew, pack_header
 from kvserve_connector.selector import Choice, Selector
@@ -52,9 +52,6 @@ IDLE_S: Final = 300.0
 """How long a connection may stay open between transfers."""
 WAIT_S: Final = 1.0
 """So often at least a consumer that waits for a prefill is told that it has not been forgotten."""
-
-PROBE_PIECE: Final = 64 << 10
-"""Bytes of a frame that only tries the link."""
 
 
 class _Patience:
@@ -314,15 +311,10 @@ class TransferServer:
         native_bytes = form.native_bytes(pull.tokens)
         # chosen when the work begins: until then it is not in the way of others
         patience = self._patience(frames)
-        link = self._links.link(peer)
-        if pull.transfer and claim.computed is None and (padding := link.probe_bytes()):
-            self._probe(frames, link, padding)
-        try:
-            patience.wait(lambda: claim.computed is not None)
-        finally:
-            link.detach(frames.socket)
+        patience.wait(lambda: claim.computed is not None)
         chunks = self._plan(pull, claim, 1)
         self._last = (peer, pull)
+        link = self._links.link(peer)
         coders = self._links.coders
         coders.follow(self._selector.table)
         choice = self._choose(peer, pull, claim, len(chunks))
@@ -352,14 +344,6 @@ class TransferServer:
         finally:
             link.detach(frames.socket)
             promise.end()
-
-    def _probe(self, frames: FrameSocket, link: LinkState, padding: int) -> None:
-        """Send nothing of use while there is nothing to send: the link's account of it tells how fast it is now."""
-        link.attach(frames.socket)
-        piece = bytes(PROBE_PIECE)
-        for _ in range(0, padding, PROBE_PIECE):
-            frames.send(pack_header(Kind.WAIT, PROBE_PIECE))
-            frames.send(piece)
 
     def _plan(self, pull: Pull, claim: Claim, layer_multiple: int) -> tuple[Chunk, ...]:
         layers = self._config.chunk_layers

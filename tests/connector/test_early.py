@@ -11,7 +11,6 @@ import torch
 from kv_loopback import LAYOUT, Pair, pair
 from kvserve_connector.chunks import Chunk
 from kvserve_connector.handover import Lease
-from kvserve_connector.links import Goodput
 
 FROM, TO = (3, 9, 5, 20, 11), (1, 2, 4, 8, 16)
 LAYERS = range(LAYOUT.layers)
@@ -89,23 +88,6 @@ def test_waiting_is_neither_silence_nor_the_transfers_time() -> None:
         assert outcome.end.waited_s > 2.4
         assert outcome.accept is not None
         assert outcome.accept.model_s == 0.5
-
-
-def test_a_link_is_tried_while_a_prefill_is_waited_for() -> None:
-    """One that was slow and told nothing since is found to be fast; one that told something just now is left alone."""
-    with pair() as both:
-        link = both.links.link("127.0.0.1")
-        slow = Goodput(bytes_per_s=2.5e6, shown_bytes_per_s=2.5e6)
-        for told_s in (100.0, 0.0):
-            link._goodput, link._told_s = slow, time.monotonic() - told_s
-            request_id = start(both)
-            both.begin("a", TOKENS, "x")
-            time.sleep(0.3)
-            finish(both)
-            assert both.outcome(request_id).failure == ""
-            assert equal(both, LAYERS, range(TOKENS))
-            assert (link.snapshot(1.0).bytes_per_s > 10e6) is (told_s > 0)
-            both.ended()
 
 
 def test_preempted_prefill_is_sent_from_its_new_blocks() -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kvserve_connector.links import (
     BURST_BYTES,
     MAX_LINKS,
-    PROBE_BYTES,
     Goodput,
     LinkBook,
     LinkState,
@@ -220,25 +219,6 @@ def test_small_transfers_show_that_a_slow_link_became_fast(monkeypatch: pytest.M
     for _ in range(100):
         assert watched.send(100_000, 0.0) < 2.5 * MB
     assert watched.send(400_000, 0.0) > 25 * MB
-
-
-def test_a_slow_link_that_tells_nothing_is_probed() -> None:
-    """Not before it is known, not soon after it told something, not while it is busy, and not one that is fast."""
-    now_s = 0.0
-    link = LinkState(lambda: now_s)
-    assert link.probe_bytes() == 0
-    link._goodput = of(2.5 * MB)
-    assert link.probe_bytes() == 0
-    now_s = 4.0
-    link.queue(MB)
-    assert link.probe_bytes() == 0
-    link.queue(-MB)
-    assert link.probe_bytes() == PROBE_BYTES
-    assert link.probe_bytes() == 0
-    now_s = 8.0
-    for known in (0.5 * MB, 100 * MB):
-        link._goodput = of(known)
-        assert link.probe_bytes() == 0
 
 
 def test_what_was_contradicted_long_ago_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
