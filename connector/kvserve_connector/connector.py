@@ -8,6 +8,7 @@ half.
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from kvserve_connector.versions import doubts, needing_vllm, vllm_version
 # another vLLM may lack a name, and its own error would not say which has it
 with needing_vllm():
     from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorHandshakeMetadata,
@@ -297,6 +299,13 @@ class KVServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _half_of_worker(self) -> WorkerHalf:
         assert self._worker is not None
         return self._worker
+
+
+# by its name alone MultiConnector looks up whose statistics came; who has registered it already means the same class
+with suppress(ValueError):
+    KVConnectorFactory.register_connector(
+        KVServeConnector.__name__, __name__, KVServeConnector.__name__
+    )
 
 
 def _weights(config: ConnectorConfig, vllm_config: "VllmConfig") -> str:

@@ -1,8 +1,10 @@
-"""Two real servers that keep blocks of earlier requests: only what is missing travels."""
+"""Two real servers that keep blocks of earlier requests, under MultiConnector: only what is missing travels."""
 
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +15,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """A producer and a consumer with prefix caching, and no controller."""
+    """A producer and a consumer with prefix caching, under MultiConnector, and no controller."""
     folder = tmp_path_factory.mktemp("cached")
     model = make_model(folder / "model")
     cores = sorted(os.sched_getaffinity(0))
     both = [
-        start(Plan(role=role, core=core, prefix_caching=True), model, folder)
+        start(
+            Plan(role=role, core=core, prefix_caching=True, beside=(_example(folder / role),)),
+            model,
+            folder,
+        )
         for role, core in (("kv_producer", cores[0]), ("kv_consumer", cores[-1]))
     ]
     try:
@@ -64,6 +70,31 @@ def test_prompt_that_is_here_is_released_there(servers: tuple[Server, Server]) -
     ended = producer.metrics("vllm:kvserve_leases_ended_total")
     assert sum(ended.values()) == 4
     assert not any("Expired" in labels for labels in ended)
+
+
+def test_other_connector_saves_what_it_is_there_for(servers: tuple[Server, Server]) -> None:
+    """Under MultiConnector both connectors do their work: what was prefilled here lies in the other's storage, too."""
+    producer, consumer = servers
+    prompt = make_prompt(300, seed=3)
+    alone = producer.text(prompt)
+    assert hand_over(producer, consumer, prompt) == alone
+    for server, role in zip(servers, ("kv_producer", "kv_consumer"), strict=True):
+        saved = list((server.log.parent / role).glob("*/*.safetensors"))
+        # a file for each of 4 layers
+        assert saved, role
+        assert len(saved) % 4 == 0
+    # neither takes the other's work for its own
+    assert not producer.metrics("vllm:kvserve_transfer_failures_total")
+    assert not consumer.metrics("vllm:kvserve_transfer_failures_total")
+
+
+def _example(storage: Path) -> dict[str, Any]:
+    """Return the config of a connector of vLLM's own that runs on CPUs: it keeps prompts in files."""
+    return {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(storage)},
+    }
 
 
 def _fetched(consumer: Server) -> float:

@@ -156,6 +156,7 @@ class Plan:
         core: The one core it may use; None to leave it to the kernel.
         extra: Its ``kv_connector_extra_config``.
         prefix_caching: Keep blocks of finished requests for later ones.
+        beside: Other connectors that run beside ours under vLLM's MultiConnector; none to run ours alone.
         arguments: More arguments, which override ours.
     """
 
@@ -163,6 +164,7 @@ class Plan:
     core: int | None
     extra: Mapping[str, Any] = field(default_factory=dict)
     prefix_caching: bool = False
+    beside: tuple[Mapping[str, Any], ...] = ()
     arguments: tuple[str, ...] = ()
 
 
@@ -181,6 +183,13 @@ def start(plan: Plan, model: Path, folder: Path) -> Server:
         }
         | dict(plan.extra),
     }
+    if plan.beside:
+        transfer = {
+            "kv_connector": "MultiConnector",
+            "kv_role": plan.role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"connectors": [transfer, *map(dict, plan.beside)]},
+        }
     env = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind" if plan.core is None else str(plan.core),
         "OMP_NUM_THREADS": "1",
