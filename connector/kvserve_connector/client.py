@@ -30,6 +30,7 @@ from kvserve_api.telemetry import (
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
+from kvserve_connector.carriers import NIXL, TCP, Receiver, TcpReceiver
 from kvserve_connector.chunks import Chunk, check_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
@@ -50,6 +51,8 @@ from kvserve_connector.protocol import (
 )
 from kvserve_connector.remote import Remote
 from kvserve_connector.renewals import SHARE_OF_LEASE, Renewals
+from kvserve_connector.staged import StagedReceiver
+from kvserve_connector.staging import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Outcome:
         wire_bytes: Bytes received, headers included.
         wire_s: Seconds in which bytes of chunks were arriving.
         decode_s: Seconds of decoding and writing into the cache.
+        transport: What carried the chunks.
         total_s: From the start to the last write, without what the producer waited for the prefill.
         failure: Empty, or the reason why the request must be recomputed.
         detail: More about the failure, for people.
@@ -89,6 +93,7 @@ class Outcome:
     wire_s: float = 0.0
     decode_s: float = 0.0
     total_s: float = 0.0
+    transport: str = TCP
     failure: str = ""
     detail: str = ""
 
@@ -114,6 +119,9 @@ class TransferClient:
         bundles: The calibration bundles that blobs may be decoded with.
         coders: Threads that decode and write the cache.
         report: Takes each outcome, in a thread of the client's.
+
+    Attributes:
+        reader: What reads chunks by NIXL; None without it.
     """
 
     def __init__(
@@ -134,6 +142,8 @@ class TransferClient:
         self._report = report
         self._coder = ChunkCoder(cache.form, bundles.find)
         self._gate = Gate(config)
+        self.reader = Reader(config.staging_bytes) if config.transport == NIXL else None
+        self._told_of_tcp = False
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
         self._early = ThreadPoolExecutor(MAX_EARLY, thread_name_prefix="kvserve-early")
         self._lock = threading.Lock()
@@ -227,9 +237,12 @@ class TransferClient:
         self._renewals.drop(load.remote)
         outcome.accept = accept
         received_before = frames.received_bytes
+        receiver: Receiver | None = None
         try:
             check_form(accept.chunks, self._form, load.tokens)
-            self._receive(frames, load, accept, active, outcome)
+            receiver = self._receiver(frames, accept, load.remote)
+            outcome.transport = receiver.name
+            self._receive(frames, load, accept, active, outcome, receiver)
             outcome.end = End.parse(self._message(frames, Kind.END))
             if load.remote.transfer:
                 outcome.accept = replace(accept, model_s=outcome.end.model_s)
@@ -241,6 +254,8 @@ class TransferClient:
             frames.close()
             raise
         finally:
+            if receiver is not None:
+                receiver.close()
             # before the outcome is known to anyone, every write into the cache has ended
             for future in active.futures:
                 if not future.cancel():
@@ -296,7 +311,28 @@ class TransferClient:
             transfer=load.remote.transfer,
             rank=self._form.rank,
             ranks=self._form.ranks,
+            nixl=self.reader is not None and self.reader.ready,
         )
+
+    def _receiver(self, frames: FrameSocket, accept: Accept, remote: Remote) -> Receiver:
+        if accept.nixl is None:
+            self._tell_of_tcp(remote)
+            return TcpReceiver(frames)
+        if self.reader is None:
+            raise WireError(
+                WireReason.MALFORMED, "the producer offers NIXL, which was not asked for"
+            )
+        return StagedReceiver(frames, self.reader, accept.nixl, self._config.stall_s)
+
+    def _tell_of_tcp(self, remote: Remote) -> None:
+        """Say once that a producer does not have what was wished for."""
+        if self.reader is not None and self.reader.ready and not self._told_of_tcp:
+            self._told_of_tcp = True
+            logger.warning(
+                'the producer at %s:%d sends over TCP: give it "transport": "nixl" too',
+                remote.host,
+                remote.port,
+            )
 
     def _message(self, frames: FrameSocket, kind: Kind) -> bytes:
         """Receive a control message of one kind; a refusal in its place is raised."""
@@ -315,6 +351,7 @@ class TransferClient:
         accept: Accept,
         active: _Active,
         outcome: Outcome,
+        receiver: Receiver,
     ) -> None:
         """Receive all chunks, decoding each while the next ones arrive."""
         started_ns = time.time_ns()
@@ -323,16 +360,16 @@ class TransferClient:
             header = frames.receive_header()
             if header.kind == Kind.REFUSE:
                 raise Refuse.parse(frames.receive_body(header)).error
-            if header.kind != Kind.CHUNK:
-                raise WireError(WireReason.MALFORMED, f"expected CHUNK, got {header.kind.name}")
+            if header.kind != receiver.kind:
+                raise WireError(
+                    WireReason.MALFORMED,
+                    f"expected {receiver.kind.name}, got {header.kind.name}",
+                )
             index = header.index if load.remote.transfer else next(iter(left))
             if (chunk := left.pop(index, None)) is None:
                 raise WireError(WireReason.MALFORMED, f"a chunk {index} that is not awaited")
-            if header.length > self._coder.max_bytes(chunk):
-                raise WireError(WireReason.TOO_LARGE, f"a chunk of {header.length} bytes")
             start_s = time.perf_counter()
-            blob = bytearray(header.length)
-            frames.receive_into(memoryview(blob))
+            blob = receiver.receive(header, self._coder.max_bytes(chunk))
             outcome.wire_s += time.perf_counter() - start_s
             active.futures.append(self._coders.submit(self._decode, blob, chunk, load))
             if len(active.futures) >= BEHIND:

@@ -17,6 +17,7 @@ PATH = "kv_connector_extra_config"
 DEFAULT_PORT = 7790
 MAX_LABELS_BYTES = 65_536
 MAX_PEERS = 64
+TRANSPORTS = ("tcp", "nixl")
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -37,6 +38,8 @@ class ConnectorConfig:
         prefill_timeout_s: Most seconds more for one that is asked for before its prefill has ended.
         stall_s: Most seconds without a single byte; then the peer counts as lost.
         encode_ahead_bytes: Most bytes of chunks that are coded before a consumer asks for them; 0 for none.
+        transport: What carries the chunks, `tcp` or `nixl`; a peer that can't do the latter gets them over TCP.
+        staging_bytes: Memory that NIXL reads from, or into.
         chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
         codec_threads: Threads that encode and decode, next to the engine's own.
         credentials: What this pod proves itself with, to other pods and to the controller, and what it asks of them.
@@ -63,6 +66,8 @@ class ConnectorConfig:
     prefill_timeout_s: float = 120.0
     stall_s: float = 10.0
     encode_ahead_bytes: int = 0
+    transport: str = "tcp"
+    staging_bytes: int = 64 << 20
     chunk_layers: int = 5
     codec_threads: int = 1
     credentials: CredentialFiles = NO_CREDENTIALS
@@ -80,6 +85,16 @@ class ConnectorConfig:
             raise SpecError(f"{PATH}.policy", f"must be namespace/name, got {self.policy!r}")
         if self.stall_s > self.timeout_s:
             raise SpecError(f"{PATH}.stall_s", "must not be above timeout_s")
+        if self.transport not in TRANSPORTS:
+            raise SpecError(f"{PATH}.transport", f"must be one of {', '.join(TRANSPORTS)}")
+        if self.transport == "nixl" and self.credentials.tls:
+            raise SpecError(
+                f"{PATH}.transport", '"nixl" is not encrypted: leave tls_* out, or take tcp'
+            )
+        if self.transport == "nixl" and self.credentials.secret_file is None:
+            raise SpecError(
+                f"{PATH}.transport", '"nixl" needs secret_file: its peers have to be trusted'
+            )
         if self.tls_server_name is not None and not self.credentials.tls:
             raise SpecError(f"{PATH}.tls_server_name", "needs tls_ca_file")
 
@@ -124,6 +139,10 @@ class ConnectorConfig:
             prefill_timeout_s=fields.number("prefill_timeout_s", 120.0, minimum=0.1, maximum=3600),
             stall_s=fields.number("stall_s", 10.0, minimum=0.1, maximum=3600),
             encode_ahead_bytes=fields.integer("encode_ahead_bytes", 0, minimum=0, maximum=1 << 40),
+            transport=fields.string("transport", "tcp", max_length=16),
+            staging_bytes=fields.integer(
+                "staging_bytes", 64 << 20, minimum=8 << 20, maximum=1 << 40
+            ),
             chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
             codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),
             credentials=CredentialFiles(

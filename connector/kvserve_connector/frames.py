@@ -169,6 +169,11 @@ class FrameSocket:
         except OSError as error:
             raise _lost(error, "while sending") from error
 
+    @property
+    def seed(self) -> int:
+        """What checksums begin with that must be of this transfer; see `bind`."""
+        return self._seed
+
     def bind(self, pull: bytes) -> None:
         """Take chunks from here on as the answer to this PULL only.
 
@@ -184,6 +189,18 @@ class FrameSocket:
         """Send a chunk's frame; the index is its place in the plan."""
         self.send(pack_header(Kind.CHUNK, len(blob), index, seed=self._seed))
         self.send(blob)
+
+    def check(self) -> None:
+        """Raise if the peer has closed the connection, someone has interrupted it, or its time is over."""
+        self._arm()
+        try:
+            poll = select.poll()
+            poll.register(self.socket, select.POLLRDHUP)
+            gone = bool(poll.poll(0))
+        except (OSError, ValueError):
+            gone = True
+        if gone:
+            raise TransferError(TransferReason.PEER_LOST, "the peer closed the connection")
 
     def receive_header(self) -> FrameHeader:
         """Receive a frame's header; those that only say that the peer is alive are passed over.

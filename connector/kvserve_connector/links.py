@@ -239,6 +239,18 @@ class LinkState:
         """Look at a connection's account; what is too little for a sample waits for more."""
         self._look(connection, final=False)
 
+    def observe(self, wire_bytes: int, busy_s: float) -> None:
+        """Take note of bytes that the kernel does not see, because others than TCP carry them.
+
+        Args:
+            wire_bytes: How many arrived.
+            busy_s: Seconds in which they were on their way.
+        """
+        with self._lock:
+            self._acked_bytes += wire_bytes
+            self._busy_s += busy_s
+            self._learn(final=False)
+
     def _look(self, connection: socket.socket, *, final: bool) -> None:
         with self._lock:
             self._see()

@@ -48,8 +48,17 @@ ROW: Final = (
 Data = dict[str, dict[str, Any]]
 """Totals as plain JSON: ``{"rows": {"direction profile": [as ROW]}, "failures": {"direction reason": count},
 "leases": {how it ended: count}, "opaque": {why: 1}, "operations": {"get Hit": count},
-"tokens": {what became of them: count}, "decisions": {"fetch why": count}}``."""
-COUNTS: Final = ("failures", "leases", "opaque", "operations", "tokens", "decisions")
+"tokens": {what became of them: count}, "decisions": {"fetch why": count},
+"transports": {"direction transport": count}}``."""
+COUNTS: Final = (
+    "failures",
+    "leases",
+    "opaque",
+    "operations",
+    "tokens",
+    "decisions",
+    "transports",
+)
 """What is counted beside the rows."""
 
 
@@ -125,9 +134,13 @@ class Metrics:
             1, {ATTR_PROFILE: selection.profile, ATTR_BOUND: selection.bound.value}
         )
 
-    def sent(self, profile: str, native_bytes: int, wire_bytes: int, encode_s: float) -> None:
+    def sent(
+        self, profile: str, native_bytes: int, wire_bytes: int, encode_s: float, transport: str
+    ) -> None:
         """Count a transfer that was sent whole."""
         self._count("send", profile, native_bytes, wire_bytes, {"encode": encode_s})
+        with self._lock:
+            add_count(self._totals, "transports", f"send {transport}")
 
     def received(self, outcome: Outcome) -> None:
         """Count a transfer that ended here, well or badly."""
@@ -141,6 +154,8 @@ class Metrics:
             outcome.wire_bytes,
             {"wire": outcome.wire_s, "decode": outcome.decode_s, "total": outcome.total_s},
         )
+        with self._lock:
+            add_count(self._totals, "transports", f"receive {outcome.transport}")
 
     def failed(self, direction: str, reason: str) -> None:
         """Count a transfer that did not come about."""

@@ -14,12 +14,20 @@ body is a self-describing blob with checksums of its own. Over one connection, o
     RELEASE {what}          →     (instead of PULL: nobody will fetch this)
     RENEW {what}            →     (likewise: these will be fetched, keep them)
 
+Where both sides have NIXL, the bytes of chunks do not come over the connection (`kvserve_connector.staged`): in place
+of each CHUNK there are
+
+                            ←     STAGED {where, how many}  (for each piece of it)
+    TAKEN {seconds}         →     the piece's room is free
+
 A PULL that names a transfer may come before its prefill has ended. Its chunks come in any order; their headers say
 which they are.
 
 With credentials, HELLO, CHALLENGE and PROOF come before all that; see `kvserve_connector.handshake`.
 """
 
+import base64
+import binascii
 import json
 import re
 import struct
@@ -53,8 +61,14 @@ MAX_STAGES: Final = 256
 MAX_BUNDLES: Final = 64
 MAX_PARTS: Final = 1024
 MAX_RENEWED: Final = 1024
+MAX_AGENT: Final = 64
+MAX_METADATA_BYTES: Final = 64 << 10
 PROTOCOL: Final = 1
 _CRC = struct.Struct("<I")
+_STAGED: Final = struct.Struct("<QII")
+STAGED_BYTES: Final = _STAGED.size
+_TAKEN: Final = struct.Struct("<Q")
+TAKEN_BYTES: Final = _TAKEN.size
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -70,9 +84,15 @@ class Kind(IntEnum):
     RELEASE = 7
     WAIT = 8
     RENEW = 9
+    STAGED = 10
+    TAKEN = 11
     HELLO = 16
     CHALLENGE = 17
     PROOF = 18
+
+
+_OF_TRANSFER: Final = frozenset({Kind.CHUNK, Kind.STAGED})
+"""Frames whose checksum begins with that of the PULL they answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +132,7 @@ def parse_header(data: bytes, seed: int = 0) -> FrameHeader:
     magic, kind, index, length, crc = HEADER.unpack(data)
     if magic != MAGIC:
         raise WireError(WireReason.BAD_MAGIC, f"a frame starts with {MAGIC!r}, got {magic!r}")
-    if crc != zlib.crc32(data[: -_CRC.size], seed if kind == Kind.CHUNK else 0):
+    if crc != zlib.crc32(data[: -_CRC.size], seed if kind in _OF_TRANSFER else 0):
         raise WireError(
             WireReason.CHECKSUM_MISMATCH, "a frame header is damaged, or of another transfer"
         )
@@ -144,6 +164,76 @@ def parse_message(body: bytes) -> Any:
         raise WireError(WireReason.MALFORMED, f"a control message is not JSON: {error}") from error
 
 
+def pack_staged(index: int, address: int, length: int, *, seed: int) -> bytes:
+    """Return the whole frame that says where a piece of a chunk is.
+
+    Args:
+        index: The chunk's place in the plan.
+        address: Where the piece begins in the producer's memory.
+        length: Bytes of the whole chunk.
+        seed: What the checksums begin with, as those of a chunk's header.
+    """
+    body = _STAGED.pack(address, length, 0)[: -_CRC.size]
+    crc = _CRC.pack(zlib.crc32(body, seed))
+    return pack_header(Kind.STAGED, STAGED_BYTES, index, seed=seed) + body + crc
+
+
+def parse_staged(body: bytes, seed: int) -> tuple[int, int]:
+    """Return where a piece is, and how many bytes its chunk has; neither is checked against any bound.
+
+    Raises:
+        WireError: It is damaged, or of another transfer.
+    """
+    if len(body) != STAGED_BYTES:
+        raise WireError(WireReason.TRUNCATED, f"STAGED has {STAGED_BYTES} bytes")
+    address, length, crc = _STAGED.unpack(body)
+    if crc != zlib.crc32(body[: -_CRC.size], seed):
+        raise WireError(WireReason.CHECKSUM_MISMATCH, "STAGED is damaged")
+    return address, length
+
+
+def pack_taken(index: int, taken_s: float) -> bytes:
+    """Return the whole frame that says that a piece was read, and in how many seconds."""
+    return pack_header(Kind.TAKEN, TAKEN_BYTES, index) + _TAKEN.pack(max(1, int(taken_s * 1e9)))
+
+
+def parse_taken(body: bytes) -> float:
+    """Return the seconds that a consumer says reading a piece took."""
+    if len(body) != TAKEN_BYTES:
+        raise WireError(WireReason.TRUNCATED, f"TAKEN has {TAKEN_BYTES} bytes")
+    taken_s: float = _TAKEN.unpack(body)[0] / 1e9
+    return taken_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """What a consumer must know of a producer's staging memory.
+
+    Attributes:
+        agent: Name of the producer's NIXL agent.
+        metadata: What NIXL says of it; read by NIXL only.
+    """
+
+    agent: str
+    metadata: bytes
+
+    def to_json(self) -> dict[str, str]:
+        """Return it as plain JSON."""
+        return {"agent": self.agent, "metadata": base64.b64encode(self.metadata).decode()}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        """Read it from its plain form; `SpecError` if anything in it is wrong."""
+        most = MAX_METADATA_BYTES * 4 // 3 + 4
+        try:
+            metadata = base64.b64decode(fields.string("metadata", max_length=most), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise SpecError("nixl.metadata", f"must be base64: {error}") from error
+        offer = cls(agent=fields.string("agent", max_length=MAX_AGENT), metadata=metadata)
+        fields.done()
+        return offer
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pull:
     """A consumer's wish.
@@ -163,6 +253,7 @@ class Pull:
         transfer: Whether a transfer is named, whose prefill may not have ended.
         rank: Which tensor-parallel worker of the consumer this is.
         ranks: How many there are.
+        nixl: Whether it would read the chunks by NIXL.
     """
 
     engine_id: str
@@ -179,6 +270,7 @@ class Pull:
     transfer: bool = False
     rank: int = 0
     ranks: int = 1
+    nixl: bool = False
 
     def pack(self) -> bytes:
         """Return the frame."""
@@ -192,6 +284,7 @@ class Pull:
             | blocks
             | transfer
             | ({"rank": self.rank, "ranks": self.ranks} if self.ranks > 1 else {})
+            | ({"nixl": True} if self.nixl else {})
             | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
@@ -232,6 +325,7 @@ class Pull:
                 transfer=fields.boolean("transfer", False),
                 rank=fields.integer("rank", 0, minimum=0, maximum=MAX_RANKS - 1),
                 ranks=fields.integer("ranks", 1, minimum=1, maximum=MAX_RANKS),
+                nixl=fields.boolean("nixl", False),
             )
             layout.done()
             fields.done()
@@ -253,6 +347,7 @@ class Accept:
         pod: The producer's pod.
         model_s: From the request's arrival there to the end of its prefill.
         chunks: What comes, in this order; together exactly what was asked for.
+        nixl: Where the chunks are read by NIXL; None if they come over the connection.
     """
 
     profile: str
@@ -263,12 +358,14 @@ class Accept:
     pod: str
     model_s: float
     chunks: tuple[Chunk, ...]
+    nixl: Offer | None = None
 
     def pack(self) -> bytes:
         """Return the frame."""
         return pack_message(
             Kind.ACCEPT,
-            {
+            ({} if self.nixl is None else {"nixl": self.nixl.to_json()})
+            | {
                 "profile": self.profile,
                 "wanted": self.wanted,
                 "bound": self.bound,
@@ -295,6 +392,7 @@ class Accept:
                 pod=fields.string("pod", max_length=253),
                 model_s=fields.number("model_s", minimum=0),
                 chunks=tuple(map(_chunk, fields.items("chunks", max_items=MAX_CHUNKS))),
+                nixl=Offer.read(fields.child("nixl")) if fields.has("nixl") else None,
             )
             fields.done()
         except SpecError as error:

@@ -30,6 +30,7 @@ from kvserve_connector import tracing
 from kvserve_connector.ahead import Ahead
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
+from kvserve_connector.carriers import NIXL, Sender, TcpSender
 from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.config import ConnectorConfig
@@ -37,10 +38,12 @@ from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Door
 from kvserve_connector.leases import SENT, Claim, LeaseBook
-from kvserve_connector.links import LinkBook, Promise
+from kvserve_connector.links import LinkBook, LinkState, Promise
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, Renew, pack_header
 from kvserve_connector.selector import Choice, Selector
+from kvserve_connector.staged import StagedSender
+from kvserve_connector.staging import Staging
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -118,6 +121,10 @@ class TransferServer:
         metrics: Where outcomes are counted.
         bundles: The calibration bundles of this pod.
         step_tokens: Most tokens that the engine computes in one step.
+
+    Attributes:
+        port: Where it listens.
+        staging: The memory that consumers read from by NIXL; None without it.
     """
 
     def __init__(
@@ -146,6 +153,8 @@ class TransferServer:
         self._ahead: Ahead | None = None
         if config.encode_ahead_bytes and cache.form.opaque is None:
             self._ahead = Ahead(config.encode_ahead_bytes, leases, self._encoder, self._plan_ahead)
+        # the cache itself is never registered: who has the agent's metadata reads all that is
+        self.staging = Staging(config.staging_bytes) if config.transport == NIXL else None
         self._door = Door(config)
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[FrameSocket] = set()
@@ -338,12 +347,17 @@ class TransferServer:
             decode_s=choice.decode.seconds(native_bytes),
         )
         promise.make()
+        sender = self._sender(frames, pull, link)
         try:
-            link.attach(frames.socket)
-            self._stream(frames, pull, claim, choice, chunks, promise, patience, ready)
+            self._stream(frames, pull, claim, choice, chunks, promise, patience, ready, sender)
         finally:
-            link.detach(frames.socket)
+            sender.close()
             promise.end()
+
+    def _sender(self, frames: FrameSocket, pull: Pull, link: LinkState) -> Sender:
+        if self.staging is not None and pull.nixl:
+            return StagedSender(frames, link, self.staging, self._config.stall_s)
+        return TcpSender(frames, link)
 
     def _plan(self, pull: Pull, claim: Claim, layer_multiple: int) -> tuple[Chunk, ...]:
         layers = self._config.chunk_layers
@@ -396,6 +410,7 @@ class TransferServer:
         promise: Promise,
         patience: _Patience,
         ready: Mapping[int, Coded],
+        sender: Sender,
     ) -> None:
         selection = choice.selection
         link = promise.link
@@ -409,6 +424,7 @@ class TransferServer:
                 pod=self._config.pod,
                 model_s=claim.model_s,
                 chunks=chunks,
+                nixl=sender.offer,
             ).pack()
         )
         wire_bytes = 0
@@ -417,13 +433,13 @@ class TransferServer:
         encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience, ready)
         try:
             for index, blob, seconds in encoded:
-                frames.send_chunk(blob, index)
-                link.sample(frames.socket)
+                sender.send(blob, index)
                 promise.keep(1 / len(chunks))
                 if selection.profile != NONE:
                     promise.coders.observe(seconds, promise.encode_s, 1 / len(chunks))
                 wire_bytes += len(blob)
                 encode_s += seconds
+            sender.finish()
         finally:
             # waits for chunks that are still being coded: after this nobody reads the lease's blocks
             encoded.close()
@@ -438,7 +454,7 @@ class TransferServer:
         if done.kind != Kind.DONE or done.length != 0:
             raise WireError(WireReason.MALFORMED, f"expected DONE, got {done.kind.name}")
         native_bytes = self._form.native_bytes(pull.tokens)
-        self._metrics.sent(selection.profile, native_bytes, wire_bytes, encode_s)
+        self._metrics.sent(selection.profile, native_bytes, wire_bytes, encode_s, sender.name)
         tracing.past_span(
             SPAN_ENCODE,
             pull.traceparent,

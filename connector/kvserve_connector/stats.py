@@ -81,7 +81,7 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             "Prefills whose blocks were kept for a consumer, by how that ended.",
             "reason",
         )
-        self._store = {
+        self._counts = {
             "operations": self._counter(
                 "vllm:kvserve_store_operations",
                 "Operations of the KV store, by how they ended.",
@@ -98,6 +98,12 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 "Prefixes found in the KV store, by whether they were fetched or computed, and why.",
                 "action",
                 "reason",
+            ),
+            "transports": self._counter(
+                "vllm:kvserve_transports",
+                "KV transfers that arrived whole, by what carried their chunks.",
+                "direction",
+                "transport",
             ),
         }
         self._opaque = self._gauge_cls(
@@ -116,7 +122,7 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._failures.labels(*engine, *key.split(" ", 1)).inc(count)
         for reason, count in transfer_stats_data.get("leases", {}).items():
             self._leases.labels(*engine, reason).inc(count)
-        for kind, counts in self._store.items():
+        for kind, counts in self._counts.items():
             for key, count in transfer_stats_data.get(kind, {}).items():
                 counts.labels(*engine, *key.split(" ", 1)).inc(count)
         for reason in transfer_stats_data.get("opaque", {}):

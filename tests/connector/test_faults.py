@@ -24,7 +24,7 @@ from frame_proxy import FrameProxy, Mangle
 from hostile_proxy import HostileProxy
 from kv_loopback import ENGINE, LAYOUT, Pair, make_cache, pair
 from kvserve_api.errors import UnavailableError
-from kvserve_connector import client
+from kvserve_connector import carriers
 from kvserve_connector.protocol import HEADER, HEADER_BYTES, Kind, pack_message
 from kvserve_connector.selector import ReadyTable
 from kvserve_connector.stores.folder import FolderStore
@@ -222,7 +222,7 @@ def test_no_memory_for_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     with pair() as both:
         both.lease("a", TOKENS, FROM)
         with monkeypatch.context() as patch:
-            patch.setattr(client, "bytearray", none_left, raising=False)
+            patch.setattr(carriers, "bytearray", none_left, raising=False)
             outcome = both.fetch(both.load("a", ALL, TO))
         assert outcome.failure == "OutOfMemory"
         assert both.ended()[0] == {"a"}
