@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from caches import own_cache
 from controller_process import ControllerProcess, pareto_of_presets, with_joint
 from kvserve_api.wire import KVLayout, model_fingerprint
 from kvserve_strategies.artifacts import open_store
@@ -47,7 +48,7 @@ def real_pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "chunk_layers": 1,
     }
     with Receiver() as receiver, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVSERVE_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("KVSERVE_CACHE_DIR", own_cache(folder / "cache"))
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "1000")

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from click.testing import CliRunner, Result
 
+from caches import own_cache
 from kvserve_api.errors import PolicyError, SpecError
 from kvserve_api.profile_set import ParetoSet
 from kvserve_profiler.cli import local_inputs, profile, read_policy, text_files
@@ -43,7 +44,7 @@ spec:
 def no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what would calibrate, and keep fetched bundles apart."""
     monkeypatch.setenv("KVSERVE_CALIBRATION_TOKENS", "0")
-    monkeypatch.setenv("KVSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVSERVE_CACHE_DIR", own_cache(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ def test_a_killed_process_goes_on(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "kvserve_profiler", "profile", "--model", str(model_folder),
-        "--out", str(out),
+        "--out", str(out), "--forecasts", "0", "--max-trials", "6",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

@@ -15,12 +15,13 @@ from kvserve_api.profile_set import ParetoSet
 @pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_end_to_end(tmp_path: Path) -> None:
-    """A search of eight trials without a bundle finds what is known of this model: 8 bits are free, 2 are not."""
+    """Twelve trials without bundle and forecasts find what is known of this model: 8 bits are free, 2 are not."""
     out = tmp_path / "out"
     done = subprocess.run(
         [
             sys.executable, "-m", "kvserve_profiler", "profile",
-            "--model", str(smollm2.model_folder()), "--out", str(out), "--max-trials", "8",
+            "--model", str(smollm2.model_folder()), "--out", str(out), "--max-trials", "12",
+            "--forecasts", "0",
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "KVSERVE_CALIBRATION_TOKENS": "0"},
         capture_output=True, text=True, timeout=500, check=False,
@@ -37,7 +38,7 @@ def test_smollm2_end_to_end(tmp_path: Path) -> None:
     assert any(p.loss_upper_bp < 400 and p.ratio > 3.4 for p in profiles.values())
     trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[2:]]
     search = [trial for trial in trials if trial["phase"] == "search"]
-    assert len(search) == 8
+    assert len(search) == 12
     for trial in trials:
         (quality,) = trial["measurement"]["qualities"].values()
         assert 0 <= quality["loss_bp"] <= quality["loss_upper_bp"]
