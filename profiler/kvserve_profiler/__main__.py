@@ -13,12 +13,14 @@ from kvserve_api.names import (
     CLAIMS_DIR,
     ENV_ARTIFACTS,
     ENV_CALIBRATION_TOKENS,
+    ENV_FORECASTS,
     ENV_INDEX,
     TASKS_DIR,
     ExitCode,
 )
 from kvserve_api.otel import configure
 from kvserve_profiler.cli import profile
+from kvserve_profiler.settings import GRADIENTS
 
 TERMINATION_LOG = "/dev/termination-log"
 
@@ -82,6 +84,14 @@ main.add_command(profile)
     help="Tokens to calibrate with; by default as many as the recipe takes, 0 to calibrate nothing.",
 )
 @click.option(
+    "--forecasts",
+    "gradients",
+    envvar=ENV_FORECASTS,
+    type=click.IntRange(0, 1024),
+    default=GRADIENTS,
+    help="Forecast the losses of all candidates by so many gradients of each text's first window; 0 for no forecasts.",
+)
+@click.option(
     "--index",
     envvar=ENV_INDEX,
     type=click.IntRange(0),
@@ -107,6 +117,7 @@ def job(
     policy_uid: str,
     artifacts: str,
     calibration_tokens: int | None,
+    gradients: int,
     index: int,
     termination_log: str,
 ) -> None:
@@ -130,6 +141,7 @@ def job(
             owner=Owner(namespace=namespace, name=policy, uid=policy_uid),
             artifacts=artifacts,
             calibration_tokens=calibration_tokens,
+            gradients=gradients,
         )
         if index:
             from kvserve_profiler.helping import help_out

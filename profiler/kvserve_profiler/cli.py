@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvserve_api.errors import KVServeError, PolicyError, SpecError
-from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS
+from kvserve_api.names import ENV_ARTIFACTS, ENV_CALIBRATION_TOKENS, ENV_FORECASTS
 from kvserve_api.policy import KIND, Policy
 from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN
 from kvserve_api.run import ClassInputs, RunInputs
@@ -78,6 +78,7 @@ DEFAULT_MAX_TRIALS = 64
 @click.option(
     "--forecasts",
     "gradients",
+    envvar=ENV_FORECASTS,
     type=click.IntRange(0, 1024),
     default=GRADIENTS,
     show_default=True,

@@ -21,7 +21,7 @@ from kvserve_profiler.exits import last_words
 from kvserve_profiler.helpers import Helpers
 from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import UNCALIBRATED, require_feasible
-from kvserve_profiler.settings import Settings
+from kvserve_profiler.settings import GRADIENTS, Settings
 from kvserve_profiler.task import Task
 from kvserve_profiler.tasks.sources import of_inputs as tasks_of_inputs
 from kvserve_profiler.texts import of_inputs
@@ -45,6 +45,7 @@ class JobOptions:
         owner: The policy.
         artifacts: URL of the store of calibration bundles; empty to measure only what needs none.
         calibration_tokens: See `Calibration`.
+        gradients: See `Settings`.
     """
 
     inputs: Path
@@ -55,6 +56,7 @@ class JobOptions:
     owner: Owner
     artifacts: str = ""
     calibration_tokens: int | None = None
+    gradients: int = GRADIENTS
 
     def calibration(self) -> Calibration:
         """Return how the run is calibrated."""
@@ -71,7 +73,8 @@ class JobOptions:
         texts = of_inputs(inputs, self.texts)
         checks = tasks_of_inputs(inputs, self.tasks, self.claims)
         source = Source(location=self.model or inputs.model, revision=inputs.revision)
-        task = Task.of(inputs, source, texts, space, Settings(seed=inputs.seed), grid)
+        settings = Settings(seed=inputs.seed, gradients=self.gradients)
+        task = Task.of(inputs, source, texts, space, settings, grid)
         return task.checked_by(checks)
 
 

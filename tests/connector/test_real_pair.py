@@ -125,7 +125,9 @@ def test_active_mode_chooses_by_the_link(real_pair: RealPair) -> None:
     status = real_pair.controller.status
     real_pair.controller.wait(
         lambda: (
-            all(t["synced"] == 1 for t in status()["default/chat"]["targets"])
+            status()["default/chat"]["conditions"][0]["observedGeneration"]
+            == real_pair.controller.generation
+            and all(t["synced"] == 1 for t in status()["default/chat"]["targets"])
             and status()["default/chat"]["activeProfile"]["name"] in ("none", "lossless")
         )
     )

@@ -17,7 +17,7 @@ def test_a_run_is_one_trace_and_its_trials_are_counted(model_folder: Path, tmp_p
         done = subprocess.run(
             [
                 sys.executable, "-m", "kvserve_profiler", "profile", "--model", str(model_folder),
-                "--out", str(tmp_path / "out"), "--max-trials", "3",
+                "--out", str(tmp_path / "out"), "--max-trials", "3", "--forecasts", "0",
             ],
             env=os.environ
             | {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OMP_NUM_THREADS": "1"},

@@ -65,6 +65,7 @@ class ControllerProcess:
         folder: Where its directories and its log are.
         fingerprint: Of the model that its profiles were measured on.
         arguments: Further options.
+        generation: Of the policy, a number for each time it was written.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class ControllerProcess:
     health_port: int = field(default_factory=free_port)
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    generation: int = 0
 
     def __post_init__(self) -> None:
         for name in ("policies", "profiles"):
@@ -87,7 +89,10 @@ class ControllerProcess:
         """Write the policy; keywords replace parts of its spec."""
         target = self.folder / "policies" / "chat.json"
         draft = target.with_suffix(".new")
-        draft.write_text(json.dumps(policy_object("chat", **spec)))
+        self.generation += 1
+        policy = policy_object("chat", **spec)
+        policy["metadata"]["generation"] = self.generation
+        draft.write_text(json.dumps(policy))
         draft.rename(target)
 
     def start(self) -> None:

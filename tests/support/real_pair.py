@@ -69,4 +69,10 @@ class RealPair:
         status = self.controller.status().get("default/chat", {})
         targets = status.get("targets", [])
         counts = [target["connected"] == 1 == target["synced"] for target in targets]
-        return status.get("activeProfile", {}).get("name") == profile and counts == [True, True]
+        # the profile may be in use already, by another policy than this
+        seen = {condition["observedGeneration"] for condition in status.get("conditions", [])}
+        return (
+            seen == {self.controller.generation}
+            and status.get("activeProfile", {}).get("name") == profile
+            and counts == [True, True]
+        )
