@@ -20,7 +20,6 @@ from kvserve_api.names import (
 )
 from kvserve_api.otel import configure
 from kvserve_profiler.cli import profile
-from kvserve_profiler.settings import GRADIENTS
 
 TERMINATION_LOG = "/dev/termination-log"
 
@@ -88,7 +87,7 @@ main.add_command(profile)
     "gradients",
     envvar=ENV_FORECASTS,
     type=click.IntRange(0, 1024),
-    default=GRADIENTS,
+    default=0,
     help="Forecast the losses of all candidates by so many gradients of each text's first window; 0 for no forecasts.",
 )
 @click.option(

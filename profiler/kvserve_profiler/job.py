@@ -21,7 +21,7 @@ from kvserve_profiler.exits import last_words
 from kvserve_profiler.helpers import Helpers
 from kvserve_profiler.model import Source
 from kvserve_profiler.outcome import UNCALIBRATED, require_feasible
-from kvserve_profiler.settings import GRADIENTS, Settings
+from kvserve_profiler.settings import Settings
 from kvserve_profiler.task import Task
 from kvserve_profiler.tasks.sources import of_inputs as tasks_of_inputs
 from kvserve_profiler.texts import of_inputs
@@ -56,7 +56,7 @@ class JobOptions:
     owner: Owner
     artifacts: str = ""
     calibration_tokens: int | None = None
-    gradients: int = GRADIENTS
+    gradients: int = 0
 
     def calibration(self) -> Calibration:
         """Return how the run is calibrated."""

@@ -42,32 +42,41 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Case, Server]]:
-    """A server that prefills for itself, and that nobody is a peer of without the secret and a certificate."""
-    folder = tmp_path_factory.mktemp("opaque")
-    files = Members(folder / "members").with_tls(secret=True)
-    plan = Plan(
-        role="kv_both",
-        core=max(os.sched_getaffinity(0)),
-        extra={name: str(path) for name, path in dataclasses.asdict(files).items()}
-        | {"tls_server_name": NAME},
-        arguments=(
-            "--max-num-batched-tokens",
-            str(STEP),
-            "--max-num-seqs",
-            "8",
-            *request.param.arguments,
-        ),
-    )
-    server = start(plan, request.param.make(folder / "model"), folder)
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """A server for each case, each its own peer only by the secret and a certificate; they start side by side."""
+    cores = sorted(os.sched_getaffinity(0))
+    started: dict[str, Server] = {}
     try:
-        server.wait_ready(MAX_START_S)
-        yield request.param, server
+        for index, (name, case) in enumerate(CASES.items()):
+            folder = tmp_path_factory.mktemp("opaque")
+            files = Members(folder / "members").with_tls(secret=True)
+            plan = Plan(
+                role="kv_both",
+                core=cores[index % len(cores)],
+                extra={key: str(path) for key, path in dataclasses.asdict(files).items()}
+                | {"tls_server_name": NAME},
+                arguments=(
+                    "--max-num-batched-tokens",
+                    str(STEP),
+                    "--max-num-seqs",
+                    "8",
+                    *case.arguments,
+                ),
+            )
+            started[name] = start(plan, case.make(folder / "model"), folder)
+        for server in started.values():
+            server.wait_ready(MAX_START_S)
+        yield started
     finally:
-        server.stop()
+        for server in started.values():
+            server.stop()
+
+
+@pytest.fixture(params=list(CASES))
+def served(request: pytest.FixtureRequest, servers: dict[str, Server]) -> tuple[Case, Server]:
+    """One of them."""
+    return CASES[request.param], servers[request.param]
 
 
 def test_tokens_equal_a_single_servers(served: tuple[Case, Server]) -> None:

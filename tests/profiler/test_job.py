@@ -168,8 +168,6 @@ def stage(
         "KVSERVE_POLICY_UID": uid,
         "KVSERVE_TERMINATION_LOG": str(tmp_path / "termination-log"),
         "OMP_NUM_THREADS": "1",
-        # what screening would decode for them takes each process half a minute to compile
-        "KVSERVE_FORECASTS": "0",
     }
     return Stage(
         cluster=control_plane,
@@ -182,7 +180,6 @@ def stage(
             claims=tmp_path,
             model=str(model_folder),
             owner=Owner(namespace=namespace, name=POLICY, uid=uid),
-            gradients=0,
         ),
         environment=environment,
     )

@@ -1,5 +1,6 @@
 """A running cluster as tests and the demo see it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -69,17 +70,21 @@ class Cluster:
     def wait_established(self, crd: str, timeout_s: float = 30.0) -> None:
         """Wait until a custom resource definition's objects are served.
 
-        ``kubectl wait`` fails at once where a definition is so new that it has no conditions.
+        ``kubectl wait`` and filters fail at once where a definition is so new that it has no conditions.
 
         Raises:
             ClusterError: There is no such definition, or it is not served in time.
         """
-        path = "jsonpath={.status.conditions[?(@.type=='Established')].status}"
         deadline_s = time.monotonic() + timeout_s
-        while self.kubectl("get", "crd", crd, "-o", path) != "True":
+        while not self._is_established(crd):
             if time.monotonic() > deadline_s:
                 raise ClusterError(f"{crd} is not served after {timeout_s:g} s")
             time.sleep(0.05)
+
+    def _is_established(self, crd: str) -> bool:
+        status = json.loads(self.kubectl("get", "crd", crd, "-o", "json")).get("status") or {}
+        found = {c["type"]: c["status"] for c in status.get("conditions") or ()}
+        return found.get("Established") == "True"
 
     def helm(
         self,
