@@ -354,7 +354,7 @@ async def test_reports_without_controller_are_bounded(bench: Bench) -> None:
     started_s = loop.time()
     for _ in range(MAX_REPORTS + 50):
         bench.client.report(outcome())
-    assert loop.time() - started_s < 1
+    assert loop.time() - started_s < 5
     assert sum(bench.dropped) >= 50
 
 
