@@ -4,15 +4,13 @@ The words about a transfer always go over the connection, which is bounded in ti
 only what is inside the chunks, and both kinds deliver the same bytes to the same checks.
 """
 
-from typing import Final, Protocol
+from typing import Protocol
 
 from kvserve_api.errors import WireError, WireReason
+from kvserve_connector.config import TCP
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
 from kvserve_connector.protocol import FrameHeader, Kind, Offer
-
-TCP: Final = "tcp"
-NIXL: Final = "nixl"
 
 
 class Sender(Protocol):

@@ -30,10 +30,10 @@ from kvserve_api.telemetry import (
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
-from kvserve_connector.carriers import NIXL, TCP, Receiver, TcpReceiver
+from kvserve_connector.carriers import Receiver, TcpReceiver
 from kvserve_connector.chunks import Chunk, check_form
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.config import NIXL, TCP, ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load

@@ -17,7 +17,9 @@ PATH = "kv_connector_extra_config"
 DEFAULT_PORT = 7790
 MAX_LABELS_BYTES = 65_536
 MAX_PEERS = 64
-TRANSPORTS = ("tcp", "nixl")
+TCP = "tcp"
+NIXL = "nixl"
+TRANSPORTS = (TCP, NIXL)
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -66,7 +68,7 @@ class ConnectorConfig:
     prefill_timeout_s: float = 120.0
     stall_s: float = 10.0
     encode_ahead_bytes: int = 0
-    transport: str = "tcp"
+    transport: str = TCP
     staging_bytes: int = 64 << 20
     chunk_layers: int = 5
     codec_threads: int = 1
@@ -87,11 +89,11 @@ class ConnectorConfig:
             raise SpecError(f"{PATH}.stall_s", "must not be above timeout_s")
         if self.transport not in TRANSPORTS:
             raise SpecError(f"{PATH}.transport", f"must be one of {', '.join(TRANSPORTS)}")
-        if self.transport == "nixl" and self.credentials.tls:
+        if self.transport == NIXL and self.credentials.tls:
             raise SpecError(
                 f"{PATH}.transport", '"nixl" is not encrypted: leave tls_* out, or take tcp'
             )
-        if self.transport == "nixl" and self.credentials.secret_file is None:
+        if self.transport == NIXL and self.credentials.secret_file is None:
             raise SpecError(
                 f"{PATH}.transport", '"nixl" needs secret_file: its peers have to be trusted'
             )
@@ -139,7 +141,7 @@ class ConnectorConfig:
             prefill_timeout_s=fields.number("prefill_timeout_s", 120.0, minimum=0.1, maximum=3600),
             stall_s=fields.number("stall_s", 10.0, minimum=0.1, maximum=3600),
             encode_ahead_bytes=fields.integer("encode_ahead_bytes", 0, minimum=0, maximum=1 << 40),
-            transport=fields.string("transport", "tcp", max_length=16),
+            transport=fields.string("transport", TCP, max_length=16),
             staging_bytes=fields.integer(
                 "staging_bytes", 64 << 20, minimum=8 << 20, maximum=1 << 40
             ),

@@ -30,10 +30,10 @@ from kvserve_connector import tracing
 from kvserve_connector.ahead import Ahead
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
-from kvserve_connector.carriers import NIXL, Sender, TcpSender
+from kvserve_connector.carriers import Sender, TcpSender
 from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.config import NIXL, ConnectorConfig
 from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Door

@@ -8,7 +8,8 @@ from collections import deque
 from typing import Final
 
 from kvserve_api.errors import WireError, WireReason
-from kvserve_connector.carriers import NIXL, check_size
+from kvserve_connector.carriers import check_size
+from kvserve_connector.config import NIXL
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
 from kvserve_connector.protocol import (

@@ -145,10 +145,6 @@ class Reader(Staging):
         self._recover()
         return time.monotonic() >= self._ailing_until_s and self.free_pieces > 0
 
-    def heal(self) -> None:
-        """Ask for NIXL again at once."""
-        self._ailing_until_s = 0.0
-
     def enter(self, agent: str, metadata: bytes) -> None:
         """Learn a producer's agent, and keep it until `leave`.
 

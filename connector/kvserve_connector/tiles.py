@@ -1,7 +1,7 @@
 """Blocks whose elements lie in tiles with pairs side by side, as matrix units like them (AMX, on CPUs).
 
 Keys hold pairs of dimensions, values pairs of tokens. Copied pair by pair, as one element of twice the size, a block
-takes less than half the time of gathering each element from its place; written by native code, a fifth of that.
+takes less than half the time of gathering each element from its place; written by native code, about half of that.
 """
 
 import sys

@@ -265,7 +265,7 @@ def test_wrong_words_are_refused(both: Pair, said: dict[str, Any], reason: str) 
     assert whole(both)
     # after NIXL itself failed it is left alone for a while
     assert reader.ready == (reason != "PeerLost")
-    reader.heal()
+    reader._ailing_until_s = 0.0
 
 
 def test_forged_metadata_is_refused(both: Pair) -> None:
@@ -286,7 +286,7 @@ def test_forged_metadata_is_refused(both: Pair) -> None:
         with pytest.raises(WireError) as raised:
             reader.enter(agent, metadata)
         assert raised.value.reason == "Malformed"
-        reader.heal()
+        reader._ailing_until_s = 0.0
         outcome = fetch(both, f"after-{index}")
         assert (outcome.failure, outcome.transport) == ("", "nixl")
 
@@ -361,7 +361,7 @@ def test_a_frozen_producer_is_a_timeout(elsewhere: Elsewhere, both: Pair) -> Non
     finally:
         os.kill(elsewhere.process.pid, signal.SIGCONT)
         reader.leave(elsewhere.offer.agent)
-        reader.heal()
+        reader._ailing_until_s = 0.0
 
 
 def test_settings_that_can_not_be_are_refused(

@@ -19,6 +19,7 @@ from kvserve_api.errors import InfeasibleError, SpecError, UnavailableError
 from kvserve_api.names import child_name
 from kvserve_api.profile_set import ParetoSet
 from kvserve_api.run import ClassInputs, Progress, RunInputs, TaskInputs
+from kvserve_profiler.__main__ import job
 from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.configmaps import Owner, RunConfigMaps
 from kvserve_profiler.job import JobOptions, run_job
@@ -218,6 +219,17 @@ def test_a_job_publishes_and_a_second_one_changes_nothing(
     assert run_job(stage.options, space) == message
     assert "measuring" not in capfd.readouterr().err
     assert stage.get(stage.pareto_name)["metadata"]["uid"] == made["metadata"]["uid"]
+
+
+def test_forecasts_are_made_where_they_are_asked_for(
+    stage: Stage, space: tuple[Candidate, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`KVSERVE_FORECASTS` says by how many gradients a Job forecasts losses; without it, by none."""
+    assert stage.options.task(stage.inputs, space).settings.gradients == 0
+    monkeypatch.setenv("KVSERVE_FORECASTS", "3")
+    asked = job.make_context("job", []).params["gradients"]
+    options = dataclasses.replace(stage.options, gradients=asked)
+    assert options.task(stage.inputs, space).settings.gradients == 3
 
 
 def test_without_a_store_the_job_says_what_it_left_out(
