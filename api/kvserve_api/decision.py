@@ -187,6 +187,8 @@ def explained(table: DecisionTable | None, decision: Decision) -> dict[str, Any]
             "encoder_arrivals_per_s": link.encoder_load.arrivals_per_s,
             "encoder_native_bytes_per_s": link.encoder_load.native_bytes_per_s,
             "encode_factor": link.encode_factor,
+            "encode_delays": link.encode_delays,
+            "decode_delays": link.decode_delays,
         },
         "incumbent": decision.incumbent or None,
         "allowance_s": decision.allowance_s,

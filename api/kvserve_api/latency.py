@@ -6,7 +6,8 @@ decoder ``D`` seconds. Stages overlap chunk by chunk, and waiting for a later st
 one, so the time is the longest path through a flow shop of equal jobs:
 ``T = rtt + max(E + pipe(e, w, d), Q/B + pipe(w, d), D + pipe(d))``, where ``pipe`` is the sum of one chunk's stages
 plus (n - 1) times the slowest of them. Without the backlog, saturated links (where raw transfers take several times
-V/B) can't be explained.
+V/B) can't be explained. Coding also delays what engines compute on the same processors: that is no part of T, but of
+what a transfer costs others.
 """
 
 import math
@@ -101,6 +102,8 @@ class Link:
         load: What the link was asked for lately.
         encoder_load: What the producer's coder was asked for lately, over all its links.
         encode_factor: By how much the producer encodes slower now than its table says.
+        encode_delays: How many requests of the producer's engine a second of encoding delays by a second.
+        decode_delays: The same of the consumer's engine, and decoding.
     """
 
     bytes_per_s: float
@@ -111,6 +114,8 @@ class Link:
     load: Load = NO_LOAD
     encoder_load: Load = NO_LOAD
     encode_factor: float = 1.0
+    encode_delays: float = 0.0
+    decode_delays: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.bytes_per_s < math.inf:
@@ -130,6 +135,10 @@ class Link:
             raise SpecError(
                 "decode_backlog_s", f"must not be negative, got {self.decode_backlog_s}"
             )
+        if not 0 <= self.encode_delays < math.inf:
+            raise SpecError("encode_delays", f"must not be negative, got {self.encode_delays}")
+        if not 0 <= self.decode_delays < math.inf:
+            raise SpecError("decode_delays", f"must not be negative, got {self.decode_delays}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +152,8 @@ class Prediction:
         wait_s: What earlier work and the round trip add to the pipeline of the three, in seconds.
         total_s: In all, in seconds.
         utilisation: Of the busiest stage, if every transfer did the same; at 1 its queue has no end.
-        others_s: What the transfer adds to the waiting of those behind it, in seconds.
+        others_s: What the transfer adds to the waiting of those behind it, and takes from what the engines compute, in
+            seconds.
     """
 
     encode_s: float
@@ -221,5 +231,6 @@ def predict(
         others_s=max(
             others_s(stage_s, wait_s, share, load)
             for (stage_s, wait_s, load), share in zip(stages, busy, strict=True)
-        ),
+        )
+        + (link.encode_delays * encode_s + link.decode_delays * decode_s),
     )

@@ -88,9 +88,9 @@ def select(
 
     The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile
     and keep every queue finite at the present load, the best by the goal wins; a time to minimise counts the delay
-    that the transfer causes to those behind it. If none meets the deadline the fastest wins, because missing by less is
-    better than giving up; if none keeps the queues finite, what they are now and what each adds to them decides, so
-    that transfers divide themselves between link and coders.
+    that the transfer causes to those behind it, and to what engines compute on the processors that code. If none meets
+    the deadline the fastest wins, because missing by less is better than giving up; if none keeps the queues finite,
+    what they are now and what each adds to them decides, so that transfers divide themselves between link and coders.
 
     Args:
         table: The last acknowledged table.
@@ -138,6 +138,7 @@ def select(
     link_load = link.load.native_bytes_per_s / native_bytes
     coder_load = link.encoder_load.native_bytes_per_s / native_bytes
     loaded = link_rate > 0 or coder_rate > 0
+    encode_delays, decode_delays = link.encode_delays, link.decode_delays
 
     exploring = allowance_s > 0 and rule.explore_share > 0 and table.mode is Mode.ACTIVE
     weighed: list[_Weighed] = []
@@ -202,7 +203,8 @@ def select(
             continue
 
         level = FITS
-        merit = seconds
+        engines_s = encode_delays * encode_s + decode_delays * decode_s
+        merit = seconds + engines_s
         if seconds * margin > limit_s:
             level = TIGHT if name != incumbent else FITS
             if seconds * margin > deadline_s:
@@ -228,7 +230,7 @@ def select(
             if wire_cost > cost:
                 cost = wire_cost
             decode_cost = link_rate * decode_s * (decode_wait_s + decode_s) / (1 - busy_d)
-            merit = seconds + (decode_cost if decode_cost > cost else cost)
+            merit = seconds + ((decode_cost if decode_cost > cost else cost) + engines_s)
         if level < LATE and fixed is not None:
             merit = fixed
         if level < best_level or (

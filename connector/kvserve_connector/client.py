@@ -122,6 +122,7 @@ class TransferClient:
 
     Attributes:
         reader: What reads chunks by NIXL; None without it.
+        decode_delays: How many requests of the engine a second of decoding delays by a second now.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class TransferClient:
         self._report = report
         self._coder = ChunkCoder(cache.form, bundles.find)
         self._gate = Gate(config)
+        self.decode_delays = 0.0
         self.reader = Reader(config.staging_bytes) if config.transport == NIXL else None
         self._told_of_tcp = False
         self._pulls = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="kvserve-pull")
@@ -312,6 +314,7 @@ class TransferClient:
             rank=self._form.rank,
             ranks=self._form.ranks,
             nixl=self.reader is not None and self.reader.ready,
+            decode_delays=self.decode_delays,
         )
 
     def _receiver(self, frames: FrameSocket, accept: Accept, remote: Remote) -> Receiver:

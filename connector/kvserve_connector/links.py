@@ -186,20 +186,25 @@ class LinkState:
         self._since_s = self._sure_s = now_s()
         self.arrivals = Arrivals(self._since_s)
 
-    def snapshot(self, prior_bytes_per_s: float, coders: Coders | None = None) -> Link:
+    def snapshot(
+        self, prior_bytes_per_s: float, coders: Coders | None = None, decode_delays: float = 0.0
+    ) -> Link:
         """Return what is known now.
 
         Args:
             prior_bytes_per_s: Stands for a goodput that was never measured.
             coders: What encodes here, and the consumer is taken to decode with as many threads; without, nothing is
                 said of coders.
+            decode_delays: How many requests at the consumer a second of decoding delays by a second.
         """
         time_s = self._now_s()
         load = self.arrivals.load(time_s)
         encode_backlog_s, share, factor, encoder_load = 0.0, 1.0, 1.0, NO_LOAD
+        encode_delays = 0.0
         if coders is not None:
             encode_backlog_s, share, factor = coders.backlog_s, coders.share, coders.factor
             encoder_load = coders.arrivals.load(time_s, share)
+            encode_delays = coders.delays
         with self._lock:
             # a link that became slow in the middle of a transfer is known before the next one chooses
             self._see()
@@ -214,6 +219,8 @@ class LinkState:
                 load=load,
                 encoder_load=encoder_load,
                 encode_factor=factor,
+                encode_delays=encode_delays,
+                decode_delays=decode_delays,
             )
 
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:

@@ -29,6 +29,19 @@ TINY_S: Final = 1e-6
 """What is left of sums and differences of promises is nothing."""
 
 
+def delays(requests: int, processors: float) -> float:
+    """Return how many requests of an engine a second of a coding thread delays by a second.
+
+    The thread competes with one of the engine's on each processor, so the engine loses its fair share, and each request
+    that is computed or waits for that by as much.
+
+    Args:
+        requests: What the engine computes or has waiting.
+        processors: That both run on.
+    """
+    return requests / (processors + 1)
+
+
 class Arrivals:
     """Exponentially weighted arrivals; safe from any thread.
 
@@ -76,6 +89,9 @@ class Coders:
     Args:
         threads: How many code side by side.
         now_s: When counting begins, on the clock of the other calls.
+
+    Attributes:
+        delays: How many requests of the engine a second of encoding delays by a second now.
     """
 
     def __init__(self, threads: int, now_s: float) -> None:
@@ -85,6 +101,7 @@ class Coders:
         self._promised_s = 0.0
         self._residual = 0.0
         self._table: DecisionTable | None = None
+        self.delays = 0.0
 
     @property
     def factor(self) -> float:

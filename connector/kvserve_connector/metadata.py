@@ -29,6 +29,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
         cancelled: Fetches to stop, because their request was aborted.
         unserved: Prefills for a consumer that can't be served here.
         idle: The step computes nothing.
+        requests: How many requests the engine computes or will, without those that wait for KV.
         store: What concerns the KV store; None without one.
     """
 
@@ -43,6 +44,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     cancelled: list[str] = field(default_factory=list)
     unserved: int = 0
     idle: bool = False
+    requests: int = 0
     store: StoreStep | None = None
 
 

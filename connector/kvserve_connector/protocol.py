@@ -62,6 +62,8 @@ MAX_BUNDLES: Final = 64
 MAX_PARTS: Final = 1024
 MAX_RENEWED: Final = 1024
 MAX_AGENT: Final = 64
+MAX_DELAYS: Final = 1e4
+"""More requests than an engine has at once."""
 MAX_METADATA_BYTES: Final = 64 << 10
 PROTOCOL: Final = 1
 _CRC = struct.Struct("<I")
@@ -254,6 +256,7 @@ class Pull:
         rank: Which tensor-parallel worker of the consumer this is.
         ranks: How many there are.
         nixl: Whether it would read the chunks by NIXL.
+        decode_delays: How many requests of the consumer's engine a second of decoding delays by a second.
     """
 
     engine_id: str
@@ -271,6 +274,7 @@ class Pull:
     rank: int = 0
     ranks: int = 1
     nixl: bool = False
+    decode_delays: float = 0.0
 
     def pack(self) -> bytes:
         """Return the frame."""
@@ -285,6 +289,7 @@ class Pull:
             | transfer
             | ({"rank": self.rank, "ranks": self.ranks} if self.ranks > 1 else {})
             | ({"nixl": True} if self.nixl else {})
+            | ({"decode_delays": self.decode_delays} if self.decode_delays else {})
             | {
                 "protocol": PROTOCOL,
                 "engine_id": self.engine_id,
@@ -326,6 +331,7 @@ class Pull:
                 rank=fields.integer("rank", 0, minimum=0, maximum=MAX_RANKS - 1),
                 ranks=fields.integer("ranks", 1, minimum=1, maximum=MAX_RANKS),
                 nixl=fields.boolean("nixl", False),
+                decode_delays=fields.number("decode_delays", 0.0, minimum=0, maximum=MAX_DELAYS),
             )
             layout.done()
             fields.done()

@@ -57,6 +57,7 @@ class SchedulerHalf:
         self._address: ServerAddress | None = None
         self._ports: tuple[int, ...] = ()
         self._step = StepMetadata()
+        self._present: set[str] = set()
         self._loading: set[str] = set()
         self._prefilling: dict[str, Request] = {}
         self._followed: dict[str, Progress] = {}
@@ -72,6 +73,7 @@ class SchedulerHalf:
 
     def arrived(self, request: "Request") -> None:
         """Announce a prefill for a consumer, and leave to it what it must compute itself; or announce a consumer."""
+        self._present.add(request.request_id)
         if self._store is not None:
             self._store.arrived(request)
         if (remote := self._remote(request)) is not None:
@@ -185,6 +187,7 @@ class SchedulerHalf:
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Say whether a finished request's blocks must be kept, and what its answer tells the consumer."""
+        self._present.discard(request.request_id)
         if request.request_id in self._loading:
             self._loading.discard(request.request_id)
             self._step.cancelled.append(request.request_id)
@@ -232,6 +235,7 @@ class SchedulerHalf:
     def take_step(self) -> StepMetadata:
         """Return the news since the last call."""
         step, self._step = self._step, StepMetadata()
+        step.requests = len(self._present - self._loading)
         if self._store is not None:
             step.store = self._store.take_step()
         return step

@@ -375,7 +375,7 @@ class TransferServer:
         self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
     ) -> Choice:
         known = self._links.link(peer).snapshot(
-            self._selector.prior_bytes_per_s, self._links.coders
+            self._selector.prior_bytes_per_s, self._links.coders, pull.decode_delays
         )
         return self._selector.choose(
             claim.prefill.workload,

@@ -1,6 +1,7 @@
 """The half of the connector that lives with the KV cache: it owns the transfers, and the channel to the controller."""
 
 import logging
+import math
 import sys
 import threading
 from collections import Counter
@@ -28,8 +29,10 @@ from kvserve_connector.form import Form
 from kvserve_connector.handover import Progress
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
+from kvserve_connector.loads import delays
 from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.metrics import Data, Metrics
+from kvserve_connector.processors import processors
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
@@ -87,12 +90,14 @@ class WorkerHalf:
         self._config = config
         self._rank = rank
         self._engine = engine
+        self._processors = math.inf
         self._is_producer = is_producer
         self._is_consumer = is_consumer
         self._idle = False
         self._ended = threading.Event()
         self._leases = LeaseBook(config.lease_s, ended=self._ended.set)
         self._selector = Selector()
+        self._links = LinkBook(config.codec_threads)
         self._metrics = Metrics(self._selector)
         self._bundles = BundleBook(open_artifacts(config), engine.fingerprint, engine.layout)
         self._control = ControlClient(
@@ -152,6 +157,9 @@ class WorkerHalf:
     def _serve(self, cache: EngineCache) -> None:
         self._cache = cache
         self._form = cache.form
+        if cache.at_once:
+            # a GPU computes beside the processors that code, or codes beside
+            self._processors = processors()
         if cache.at_once and cache.form.opaque is None and not self._engine.splits_steps:
             names = cache.form.parts[0].group.layer_names
             self._layers = {name: index for index, name in enumerate(names)}
@@ -178,7 +186,7 @@ class WorkerHalf:
                     cache,
                     self._leases,
                     self._selector,
-                    LinkBook(self._config.codec_threads),
+                    self._links,
                     self._coders,
                     self._metrics,
                     self._bundles,
@@ -250,6 +258,10 @@ class WorkerHalf:
     def take(self, step: StepMetadata) -> None:
         """Start what a step brings; nothing here waits."""
         self._idle = step.idle
+        delayed = delays(step.requests, self._processors)
+        self._links.coders.delays = delayed
+        if self._client is not None:
+            self._client.decode_delays = delayed
         # whole blocks hold more than their first tokens: they are read when the prefill has ended
         if self._form is not None and self._form.opaque is None:
             self._progress = step.progress

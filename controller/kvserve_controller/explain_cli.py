@@ -32,6 +32,7 @@ _COLUMNS: Final = (
     "wait",
     "total",
     "at SLO",
+    "others",
     "busy",
 )
 
@@ -151,7 +152,8 @@ def lines(value: dict[str, Any]) -> list[str]:
         f"{when}{who}{value['native_bytes'] / 1e6:.1f} MB of class {value['workload']}, table {value['version']}",
         f"  link {link['bytes_per_s'] / BYTES_PER_S_PER_MBIT:.1f} Mbit/s, {link['backlog_bytes'] / 1e6:.1f} MB ahead,"
         f" {link['arrivals_per_s']:.2f} transfers/s; coder {link['encode_backlog_s']:.2f} s ahead,"
-        f" {link['encode_factor']:.2f}x the table's time",
+        f" {link['encode_factor']:.2f}x the table's time, delays {link['encode_delays']:.1f} requests here and"
+        f" {link['decode_delays']:.1f} there",
         f"  {value['profile']}: {reason(value)}"
         + (f"; deadline {deadline_s:.3f} s" if deadline_s is not None else ""),
     ]
@@ -164,6 +166,7 @@ def lines(value: dict[str, Any]) -> list[str]:
             *(f"{each[key]:.4f}" for key in ("encode_s", "wire_s", "decode_s", "wait_s")),
             f"{each['total_s']:.4f}",
             f"{each['percentile_s']:.4f}",
+            f"{each['others_s']:.4f}",
             f"{each['utilisation']:.2f}",
             each["verdict"],
         )

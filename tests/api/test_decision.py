@@ -90,7 +90,15 @@ def test_explanation_is_json_and_names_what_acts() -> None:
 
 def decision() -> Decision:
     """Return a decision that uses every field."""
-    link = replace(LINK, backlog_bytes=3.0, rtt_s=0.25, encode_backlog_s=0.5, encode_factor=1.5)
+    link = replace(
+        LINK,
+        backlog_bytes=3.0,
+        rtt_s=0.25,
+        encode_backlog_s=0.5,
+        encode_factor=1.5,
+        encode_delays=2.0,
+        decode_delays=0.5,
+    )
     made = decide(table(), "default", native_bytes=SIZE, link=link, chunks=6, wall_s=1e9)
     return made._replace(peer="10.0.0.1", incumbent="int8", allowance_s=0.125)
 

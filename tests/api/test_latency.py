@@ -70,6 +70,18 @@ def test_delay_to_others() -> None:
     assert endless.others_s == pytest.approx(1.0 * (2.0 + 1.0) / (1 - MOST_UTILISATION))
 
 
+def test_coding_costs_what_engines_compute() -> None:
+    """Of 3 requests here and 1 there that wait for coders, 2 s of encoding and 0.5 s of decoding take 6.5 s."""
+    link = Link(bytes_per_s=1e6, encode_delays=3.0, decode_delays=1.0)
+    costs = {"encode": StageCost(offset_s=2.0), "decode": StageCost(offset_s=0.5)}
+    one = predict(native_bytes=1e6, ratio=1, link=link, **costs)
+    assert one.others_s == pytest.approx(6.5)
+    assert (
+        one.total_s
+        == predict(native_bytes=1e6, ratio=1, link=Link(bytes_per_s=1e6), **costs).total_s
+    )
+
+
 @given(st.tuples(seconds, seconds, seconds), st.integers(1, 1000))
 def test_pipeline_bounds(stages_s: tuple[float, ...], chunks: int) -> None:
     """Overlap takes at least the slowest stage and at most all of them; more chunks are never slower."""

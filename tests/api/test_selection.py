@@ -235,6 +235,19 @@ def test_codec_that_cannot_keep_up_is_unstable() -> None:
     assert select(table(), "default", native_bytes=SIZE, link=idle).profile == "rans"
 
 
+def test_engines_that_are_busy_get_the_cheaper_codec() -> None:
+    """The codec that arrives first gives way to one of half its work where five requests wait for the processors."""
+    small = profile("small", ratio=16.0, encode_bytes_per_s=2.5e8, decode_bytes_per_s=2.5e8)
+    cheap = profile("cheap", ratio=8.0, encode_bytes_per_s=1e9, decode_bytes_per_s=1e9)
+    link = Link(bytes_per_s=20e6)
+    busy = replace(link, encode_delays=2.5, decode_delays=2.5)
+    names = [
+        select(table(small, cheap, RAW), "default", native_bytes=SIZE, link=each, chunks=10).profile
+        for each in (link, busy)
+    ]
+    assert names == ["small", "cheap"]
+
+
 @given(
     tables(Goal.MINIMIZE_LATENCY),
     st.integers(1 << 16, 1 << 30),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from kvserve_api.latency import NO_LOAD, StageCost
-from kvserve_connector.loads import MEMORY_S, Arrivals, Coders, Credit
+from kvserve_connector.loads import MEMORY_S, Arrivals, Coders, Credit, delays
 from tables import candidate, table
 
 
@@ -18,6 +18,13 @@ def test_steady_arrivals_are_their_rate() -> None:
     assert load.arrivals_per_s == pytest.approx(2.0, rel=0.05)
     assert load.native_bytes_per_s == pytest.approx(2e7, rel=0.05)
     assert arrivals.load(200.0, share=0.5).arrivals_per_s == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_coding_thread_takes_its_fair_share_of_the_processors() -> None:
+    """Beside an engine on one processor a thread takes half of it from each request, on seven an eighth."""
+    assert delays(1, 1.0) == 0.5
+    assert delays(4, 7.0) == 0.5
+    assert delays(3, math.inf) == 0.0
 
 
 def test_silence_is_no_load() -> None:

@@ -54,6 +54,7 @@ ACCEPT = Accept(
 MESSAGES = {
     "pull": PULL,
     "pull-with-bundles": replace(PULL, bundles=frozenset({"sha256:" + "b" * 64})),
+    "pull-of-a-busy-engine": replace(PULL, decode_delays=2.5),
     "pull-of-whole-blocks": replace(
         PULL, blocks="sha256:" + "c" * 64, layout=replace(LAYOUT, dtype="uint8")
     ),
@@ -120,6 +121,7 @@ def test_noise_is_refused(data: bytes) -> None:
         pytest.param("tokens", [0, 1 << 40], id="huge-range"),
         pytest.param("tokens", [True, 9], id="boolean"),
         pytest.param("budget_s", -1, id="negative"),
+        pytest.param("decode_delays", -1, id="negative-delay"),
         pytest.param("stages", ["x" * 65], id="long-stage"),
         pytest.param("stages", [3], id="stage-number"),
         pytest.param("bundles", ["sha256:1"], id="short-digest"),

@@ -452,6 +452,20 @@ def test_another_number_of_workers_is_computed_here(
     assert remote.ranks == there
 
 
+def test_a_step_says_how_many_the_engine_has_to_compute() -> None:
+    """Of three requests one waits for its KV, which is not computing, and one has ended: one is left."""
+    half = make_half()
+    waiting = make_request(request_id="waiting", **offer())
+    for request in (make_request(request_id="ended"), make_request(request_id="runs"), waiting):
+        half.arrived(request)
+    half.allocated(waiting, blocks(1, 2, 3), 36)
+    assert half.take_step().requests == 2
+    half.finished(finish(make_request(request_id="ended"), 37), ([5, 6, 7],))
+    assert half.take_step().requests == 1
+    half.received({"waiting"})
+    assert half.take_step().requests == 2
+
+
 @pytest.mark.parametrize(("scheduled", "idle"), [({}, True), ({"r1": 5}, False)])
 def test_a_step_says_whether_it_computes(scheduled: dict[str, int], idle: bool) -> None:
     """The worker half is told of a step without tokens, in which it may wait."""

@@ -111,4 +111,6 @@ busy_links = st.builds(
     load=loads,
     encoder_load=loads,
     encode_factor=st.floats(0.1, 10),
+    encode_delays=st.floats(0, 10),
+    decode_delays=st.floats(0, 10),
 )
