@@ -60,7 +60,7 @@ def consumer(told: Connection, transports: str | None) -> None:
     _environment(transports)
     from kvserve_connector.carriers import Receiver, TcpReceiver
     from kvserve_connector.frames import FrameSocket
-    from kvserve_connector.protocol import Offer
+    from kvserve_connector.pieces import Offer
     from kvserve_connector.staged import StagedReceiver
     from kvserve_connector.staging import Reader
 

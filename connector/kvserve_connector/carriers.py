@@ -10,7 +10,8 @@ from kvserve_api.errors import WireError, WireReason
 from kvserve_connector.config import TCP
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
-from kvserve_connector.protocol import FrameHeader, Kind, Offer
+from kvserve_connector.pieces import Offer
+from kvserve_connector.protocol import FrameHeader, Kind
 
 
 class Sender(Protocol):

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final, Self
 
-from kvserve_api.errors import WireError, WireReason
+from kvserve_api.errors import SpecError, WireError, WireReason
 from kvserve_api.wire import KVLayout
 from kvserve_connector.form import TOKEN_STEP, Form
+from kvserve_connector.remote import MAX_TOKENS
 
 MAX_CHUNK_BYTES: Final = 8 << 20
 """Most native bytes of a chunk: with two in flight on each side it bounds a transfer's memory."""
@@ -19,6 +20,8 @@ AHEAD_RANGES: Final = 256
 """Most ranges of tokens that it is cut into."""
 LANES: Final = 32
 """Where many layers make even that too many tokens: what entropy coders code side by side."""
+MAX_PARTS: Final = 1024
+MAX_LAYERS: Final = 65_535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,20 @@ class Chunk:
         """Return the four bounds, and the part unless it is the first."""
         bounds = [self.layers.start, self.layers.stop, self.tokens.start, self.tokens.stop]
         return [*bounds, self.part] if self.part else bounds
+
+    @classmethod
+    def read(cls, value: Any) -> Self:
+        """Read it from its plain form; `SpecError` if anything in it is wrong."""
+        if not isinstance(value, list) or len(value) not in (4, 5):
+            raise SpecError("chunks", "must be lists of four or five integers")
+        part = value[4] if len(value) == 5 else 0
+        if type(part) is not int or not 0 <= part <= MAX_PARTS:
+            raise SpecError("chunks.part", f"must be an integer up to {MAX_PARTS}")
+        return cls(
+            part=part,
+            layers=read_span(value[:2], "chunks.layers", MAX_LAYERS),
+            tokens=read_span(value[2:4], "chunks.tokens", MAX_TOKENS),
+        )
 
     def native_bytes(self, layout: KVLayout) -> int:
         """Return the bytes of its KV, uncompressed."""
@@ -197,3 +214,12 @@ def check_cover(
     whole = area == layout.layers * len(tokens) and len(seen) == layout.layers * len(spans)
     if not (spans and joined and whole):
         raise WireError(WireReason.RANGE_MISMATCH, "the plan does not cover what was asked for")
+
+
+def read_span(value: Any, where: str, maximum: int) -> range:
+    """Return the range of two growing integers; `SpecError`, which names ``where``, for anything else."""
+    pair: list[Any] = value if isinstance(value, list) and len(value) == 2 else [None, None]
+    # a bool is an int to isinstance
+    if any(type(item) is not int for item in pair) or not 0 <= pair[0] < pair[1] <= maximum:
+        raise SpecError(where, f"must be two growing integers up to {maximum}")
+    return range(value[0], value[1])

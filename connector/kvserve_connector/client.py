@@ -10,13 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from kvserve_api.errors import (
-    KVServeError,
-    TransferError,
-    TransferReason,
-    WireError,
-    WireReason,
-)
+from kvserve_api.errors import KVServeError, TransferError, TransferReason, WireError, WireReason
 from kvserve_api.telemetry import (
     ATTR_NATIVE_BYTES,
     ATTR_PROFILE,
@@ -33,24 +27,15 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Receiver, TcpReceiver
 from kvserve_connector.chunks import Chunk, check_form
 from kvserve_connector.coding import ChunkCoder
+from kvserve_connector.commands import MAX_RENEWED, Pull, Release, Renew
 from kvserve_connector.config import NIXL, TCP, ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load
-from kvserve_connector.protocol import (
-    HEADER_BYTES,
-    MAX_RENEWED,
-    Accept,
-    End,
-    Kind,
-    Pull,
-    Refuse,
-    Release,
-    Renew,
-    pack_header,
-)
+from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.remote import Remote
 from kvserve_connector.renewals import SHARE_OF_LEASE, Renewals
+from kvserve_connector.replies import Accept, End, Refuse
 from kvserve_connector.staged import StagedReceiver
 from kvserve_connector.staging import Reader
 

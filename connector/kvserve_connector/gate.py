@@ -22,7 +22,8 @@ from kvserve_api.errors import (
 from kvserve_connector import handshake
 from kvserve_connector.config import PATH, ConnectorConfig, Network
 from kvserve_connector.frames import FrameSocket
-from kvserve_connector.protocol import Kind, Refuse
+from kvserve_connector.protocol import Kind
+from kvserve_connector.replies import Refuse
 
 HANDSHAKE_S: Final = 5.0
 """Most seconds in which a stranger must have become a member."""

@@ -20,7 +20,8 @@ from kvserve_api.credentials import NONCE_BYTES, PROOF_BYTES, proof, proven_by
 from kvserve_api.errors import SpecError, UnauthenticatedError, WireError, WireReason
 from kvserve_api.fields import Fields
 from kvserve_connector.frames import FrameSocket
-from kvserve_connector.protocol import Kind, Refuse, pack_message, parse_message
+from kvserve_connector.protocol import Kind, pack_message, parse_message
+from kvserve_connector.replies import Refuse
 
 MAX_BYTES: Final = 2048
 """What a stranger may make a pod read."""

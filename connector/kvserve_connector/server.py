@@ -33,6 +33,7 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Sender, TcpSender
 from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
+from kvserve_connector.commands import Pull, Release, Renew
 from kvserve_connector.config import NIXL, ConnectorConfig
 from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
@@ -40,7 +41,8 @@ from kvserve_connector.gate import Door
 from kvserve_connector.leases import SENT, Claim, LeaseBook
 from kvserve_connector.links import LinkBook, LinkState, Promise
 from kvserve_connector.metrics import Metrics
-from kvserve_connector.protocol import Accept, End, Kind, Pull, Refuse, Release, Renew, pack_header
+from kvserve_connector.protocol import Kind, pack_header
+from kvserve_connector.replies import Accept, End, Refuse
 from kvserve_connector.selector import Choice, Selector
 from kvserve_connector.staged import StagedSender
 from kvserve_connector.staging import Staging

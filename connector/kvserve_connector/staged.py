@@ -12,18 +12,16 @@ from kvserve_connector.carriers import check_size
 from kvserve_connector.config import NIXL
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
-from kvserve_connector.protocol import (
+from kvserve_connector.pieces import (
     STAGED_BYTES,
     TAKEN_BYTES,
-    FrameHeader,
-    Kind,
     Offer,
-    pack_header,
     pack_staged,
     pack_taken,
     parse_staged,
     parse_taken,
 )
+from kvserve_connector.protocol import FrameHeader, Kind, pack_header
 from kvserve_connector.staging import PIECE_BYTES, Reader, Staging
 
 WINDOW: Final = 4

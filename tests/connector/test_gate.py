@@ -19,10 +19,11 @@ from kv_loopback import LAYOUT, Pair, pair
 from kvserve_api.credentials import CredentialFiles, Credentials
 from kvserve_api.errors import SpecError
 from kvserve_connector import gate, handshake
+from kvserve_connector.commands import Release
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import MAX_STRANGERS, Gate
-from kvserve_connector.protocol import Kind, Release, pack_header
+from kvserve_connector.protocol import Kind, pack_header
 from members import NAME, Members
 
 FROM, TO = (3, 9), (1, 2)

@@ -24,7 +24,8 @@ from kvserve_connector.client import Outcome
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
-from kvserve_connector.protocol import Kind, Offer, pack_header, pack_staged
+from kvserve_connector.pieces import Offer, pack_staged
+from kvserve_connector.protocol import Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_connector.staged import StagedReceiver, StagedSender
 from kvserve_connector.staging import PIECE_BYTES, Reader, Staging, nixl

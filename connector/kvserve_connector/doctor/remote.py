@@ -25,6 +25,7 @@ from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.auth import PodSide
 from kvserve_api.table import Role
 from kvserve_api.wire import KVLayout
+from kvserve_connector.commands import Pull
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control import explain, open_channel, prove
 from kvserve_connector.doctor.finding import (
@@ -37,7 +38,8 @@ from kvserve_connector.doctor.finding import (
     warn,
 )
 from kvserve_connector.gate import Gate
-from kvserve_connector.protocol import Kind, Pull, Refuse
+from kvserve_connector.protocol import Kind
+from kvserve_connector.replies import Refuse
 from kvserve_strategies.artifacts import Patience, open_store
 
 SETTLED_S: Final = 0.5
