@@ -178,12 +178,13 @@ class LinkState:
         self._rtt_s = 0.0
         self._accounts: dict[socket.socket, TcpProgress] = {}
         self._acked_bytes = 0
-        self._burst_bytes = 0
+        self._burst_bytes = 0.0
         self._busy_s = 0.0
         self._slack_s = 0.0
         self._delivery_bytes_per_s = 0.0
         self._best_bytes_per_s = 0.0
-        self._since_s = self._sure_s = now_s()
+        self._since_s = self._sure_s = self._seen_s = now_s()
+        self._allowed_bytes = float(BURST_BYTES)
         self.arrivals = Arrivals(self._since_s)
 
     def snapshot(
@@ -268,18 +269,28 @@ class LinkState:
 
     def _see(self) -> None:
         """Bring the accounts up to date, all at once, or the bytes of one would be held against the time of another."""
+        acked = 0
         for each, last in self._accounts.items():
             seen = TcpProgress.of(each)
             if seen is None:
                 continue
             self._accounts[each] = seen
             self._delivery_bytes_per_s = seen.delivery_bytes_per_s
-            acked = seen.acked_bytes - last.acked_bytes
+            acked += seen.acked_bytes - last.acked_bytes
             busy_s = max(0.0, seen.busy_s - last.busy_s)
-            self._acked_bytes += acked
-            self._burst_bytes += min(acked, BURST_BYTES)
             self._busy_s += busy_s
             self._slack_s += min(busy_s, SLACK_S)
+        # a bucket that fills at the link's rate: chunks that each fit into it do not all fit if they come one by one
+        time_s = self._now_s()
+        if self._goodput is not None:
+            self._allowed_bytes += (time_s - self._seen_s) * self._goodput.bytes_per_s
+        if self._goodput is None or self._allowed_bytes > BURST_BYTES:
+            self._allowed_bytes = float(BURST_BYTES)
+        self._seen_s = time_s
+        burst_bytes = min(acked, self._allowed_bytes)
+        self._allowed_bytes -= burst_bytes
+        self._acked_bytes += acked
+        self._burst_bytes += burst_bytes
 
     def _learn(self, *, final: bool) -> None:
         """Learn from what was seen since the last sample, if that is enough for one."""

@@ -200,9 +200,9 @@ class Watched:
         self._connection.close()
         self._link.attach(self._connection)
 
-    def send(self, acked_bytes: int, busy_s: float) -> float:
-        """Let bytes be acknowledged in a second, and return what is thought of the link then."""
-        self.now_s += 1.0
+    def send(self, acked_bytes: int, busy_s: float, wall_s: float = 1.0) -> float:
+        """Let bytes be acknowledged after some time, and return what is thought of the link then."""
+        self.now_s += wall_s
         self._progress = replace(
             self._progress,
             acked_bytes=self._progress.acked_bytes + acked_bytes,
@@ -219,6 +219,26 @@ def test_small_transfers_show_that_a_slow_link_became_fast(monkeypatch: pytest.M
     for _ in range(100):
         assert watched.send(100_000, 0.0) < 2.5 * MB
     assert watched.send(400_000, 0.0) > 25 * MB
+
+
+def test_chunks_as_fast_as_they_are_coded_show_a_fast_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 135 kB every 42 ms, each as small as a burst, don't pass at 20 Mbit/s: 3 MB of them show that."""
+    watched = Watched(monkeypatch)
+    assert watched.send(2_500_000, 1.0) < 2.5 * MB
+    for _ in range(22):
+        known = watched.send(135_000, 0.004, wall_s=0.042)
+    assert known > 5 * MB
+
+
+def test_bursts_of_a_slow_link_leave_it_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link of 20 Mbit/s that lets 128 KiB pass at once after each pause is not thought faster by a fifth."""
+    watched = Watched(monkeypatch)
+    known = watched.send(2_500_000, 1.0)
+    for _ in range(20):
+        watched.send(BURST_BYTES, 0.001, wall_s=0.5)
+        for _ in range(8):
+            known = watched.send(105_000, 0.042, wall_s=0.042)
+            assert 2.0 * MB < known < 3.0 * MB
 
 
 def test_what_was_contradicted_long_ago_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
