@@ -18,6 +18,8 @@ MOST: Final = 40
 LEAST: Final = 2
 SINGLES: Final = 8
 """At least so many one by one: what is held against a few per cent must not rest on two."""
+QUEUED: Final = 12
+"""At least so many in the paper's regime: raw transfers wait for each other there, which the first ones do not show."""
 ONE_BY_ONE: Final = "one by one"
 OVERLAP: Final = "overlap"
 PAPERS_REGIME: Final = "paper's regime"
@@ -156,6 +158,7 @@ def _conditions(speeds: Speeds, requests: int, *, quick: bool) -> tuple[Conditio
             replace(moving, requests=2 * requests, policies=(RAW, "joint-3", *OURS)),
         )
     one_by_one = replace(one_by_one, requests=max(requests, SINGLES))
+    regime = replace(regime, requests=max(requests, QUEUED))
     overlap = replace(one_by_one, name=OVERLAP, mbit=100.0, policies=(HIDING + LATE, HIDING))
     rates = (replace(base, name=f"{mbit} Mbit/s", mbit=float(mbit)) for mbit in RATES_MBIT)
     # what the claims need comes first: a run that takes longer than was thought is cut at its end
