@@ -45,15 +45,16 @@ def nixl() -> Any:
     Raises:
         SpecError: It is not installed, or does not load.
     """
-    failed = ""
+    failed = []
     # not the package named nixl: it guesses one of these by what it thinks of CUDA, and fails if that is not there
     for name in ("nixl_cu13", "nixl_cu12"):
         try:
             return import_module(f"{name}._api")
         except ImportError as error:
-            failed = str(error)
+            failed.append(str(error))
     raise SpecError(
-        f"{PATH}.transport", f'"nixl" needs NIXL ({failed}): pip install "kvserve[nixl]"'
+        f"{PATH}.transport",
+        f'"nixl" needs NIXL ({"; ".join(failed)}): pip install "kvserve[nixl]"',
     )
 
 

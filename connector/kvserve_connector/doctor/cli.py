@@ -78,7 +78,7 @@ def doctor(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Check this pod: versions, kernels, settings, credentials, controller, store, peers.
+    """Check this pod: versions, kernels, settings, credentials, transport, controller, store, peers.
 
     Prints a line for each check, OK, WARN or FAIL with what to do, and ends with 1 if anything fails. Changes nothing.
     """
@@ -102,6 +102,7 @@ def _examine(
     timeout_s: float,
 ) -> Iterator[Finding]:
     from kvserve_connector.doctor import local, remote
+    from kvserve_connector.doctor.nixl import check_nixl
 
     yield from local.check_versions()
     yield local.check_kernels()
@@ -120,6 +121,7 @@ def _examine(
         return
     yield ok("settings", f"pod {settings.namespace}/{settings.pod}")
     yield from local.check_credentials(settings)
+    yield from check_nixl(settings, os.environ, timeout_s)
     yield asyncio.run(remote.check_controller(settings, timeout_s))
     if status is None and settings.control_endpoint is not None:
         status = f"http://{settings.control_endpoint.rpartition(':')[0]}:8081"
