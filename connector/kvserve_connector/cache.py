@@ -15,14 +15,13 @@ from kvserve_connector.engine import Engine
 from kvserve_connector.form import Form, Part
 from kvserve_connector.groups import Group, Opaque, Reach
 from kvserve_connector.layout import (
-    BlockView,
-    LayerView,
-    PagedCache,
     Writer,
     learn_orders,
     split_content,
     split_halves,
 )
+from kvserve_connector.paged import PagedCache
+from kvserve_connector.views import BlockView, LayerView
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from kvserve_connector.engine import Engine
 from kvserve_connector.form import Form, Part
 from kvserve_connector.groups import Group
 from kvserve_connector.handover import Lease, Load, Prefill, Progress
-from kvserve_connector.layout import PagedCache, split_content
+from kvserve_connector.layout import split_content
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
 from kvserve_connector.metrics import Metrics
+from kvserve_connector.paged import PagedCache
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import Selector
 from kvserve_connector.server import TransferServer

@@ -1,0 +1,79 @@
+"""Layers of an engine's paged cache as canonical tensors ``[layers, tokens, kv_heads, head_dim]``."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvserve_api.wire import KVLayout
+from kvserve_connector.views import LayerView
+
+
+class PagedCache:
+    """Layers of an engine's paged cache with one layout, in canonical order; its tokens may be other rows of blocks.
+
+    Reading and writing are safe from any thread as long as nobody else writes the same blocks.
+    """
+
+    def __init__(self, layers: Sequence[LayerView], layout: KVLayout, block_tokens: int) -> None:
+        self.layout = layout
+        self.block_tokens = block_tokens
+        self._layers = layers
+        self._dtype: torch.dtype = getattr(torch, layout.dtype)
+
+    def read(
+        self, layers: range, tokens: range, block_ids: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy keys and values out of the cache.
+
+        Args:
+            layers: Consecutive layers.
+            tokens: Consecutive tokens of the request.
+            block_ids: The request's blocks, from its first token on.
+
+        Returns:
+            Keys and values, each ``[layers, tokens, heads, dim]``, contiguous, on the CPU.
+        """
+        first, skip = divmod(tokens.start, self.block_tokens)
+        last = -(-tokens.stop // self.block_tokens)
+        ids = torch.tensor(block_ids[first:last], dtype=torch.int64)
+        heads, dim = self.layout.kv_heads, self.layout.head_dim
+        shape = (len(layers), len(tokens), heads, dim)
+        keys = torch.empty(shape, dtype=self._dtype)
+        values = torch.empty(shape, dtype=self._dtype)
+        for row, layer in enumerate(layers):
+            for out, blocks in zip((keys, values), self._layers[layer].read(ids), strict=True):
+                out[row].copy_(blocks.reshape(-1, heads, dim)[skip : skip + len(tokens)])
+        return keys, values
+
+    def write(
+        self,
+        layers: range,
+        tokens: range,
+        block_ids: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Copy canonical keys and values into the cache; the arguments are those of `read`."""
+        step = self.block_tokens
+        first, last = -(-tokens.start // step), tokens.stop // step
+        whole = range(first * step, last * step)
+        ids = torch.tensor(block_ids[first:last], dtype=torch.int64)
+        # what does not fill a block: before the whole ones and behind, or all inside of one
+        ends = (
+            (range(tokens.start, whole.start), range(whole.stop, tokens.stop))
+            if whole
+            else (tokens,)
+        )
+        for row, layer in enumerate(layers):
+            view = self._layers[layer]
+            if whole:
+                part = slice(whole.start - tokens.start, whole.stop - tokens.start)
+                view.write_blocks(ids, keys[row, part], values[row, part])
+            for end in ends:
+                start = end.start
+                while start < end.stop:
+                    block, offset = divmod(start, step)
+                    stop = min(end.stop, (block + 1) * step)
+                    part = slice(start - tokens.start, stop - tokens.start)
+                    view.write(block_ids[block], offset, keys[row, part], values[row, part])
+                    start = stop
