@@ -13,8 +13,9 @@ from typing import Final, TypeAlias
 
 from kvserve_api.errors import KVServeError
 from kvserve_connector.chunks import Chunk
+from kvserve_connector.claims import Claim
 from kvserve_connector.encoder import Coded, Encoder
-from kvserve_connector.leases import Claim, LeaseBook
+from kvserve_connector.leases import LeaseBook
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import Chunk
+from kvserve_connector.claims import Claim
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.leases import Claim
 from kvserve_strategies import Pipeline
 
 T = TypeVar("T")

@@ -4,11 +4,10 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from kvserve_api.errors import TransferError, TransferReason, WireReason
-from kvserve_connector.chunks import Chunk
+from kvserve_connector.claims import Claim, Computed, Entry, at_once
 from kvserve_connector.handover import Lease, Prefill, Progress
 
 SENT: Final = "Sent"
@@ -16,97 +15,6 @@ SENT: Final = "Sent"
 RELEASED: Final = "Released"
 """How a lease ends that its consumer does not need."""
 MAX_ENDED: Final = 4096
-
-
-def _at_once() -> None:
-    """Wait for nothing: the values are there."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Computed:
-    """What is in the cache of one prefill, at one moment.
-
-    Attributes:
-        block_ids: For each group of the engine the request's blocks.
-        tokens: Tokens that are there in all layers.
-        next_tokens: Tokens that are there in the first `layers` layers.
-        layers: See there.
-        epoch: Another after each preemption.
-        whole: Whether the prefill has finished.
-        written: Returns when the values are readable; on a GPU the engine is ahead of them.
-    """
-
-    block_ids: tuple[tuple[int, ...], ...]
-    tokens: int
-    next_tokens: int = 0
-    layers: int = 0
-    epoch: int = 0
-    whole: bool = False
-    written: Callable[[], None] = _at_once
-
-    def holds(self, chunk: Chunk) -> bool:
-        """Tell whether a chunk can be read."""
-        return (
-            self.whole
-            or chunk.tokens.stop <= self.tokens
-            or (chunk.tokens.stop <= self.next_tokens and chunk.layers.stop <= self.layers)
-        )
-
-
-@dataclass(slots=True)
-class _Entry:
-    prefill: Prefill
-    begun_s: float
-    computed: Computed | None = None
-    epoch: int = 0
-    kept: bool = False
-    model_s: float = 0.0
-    expires_s: float = 0.0
-    claimed: bool = False
-    outcome: str | None = None
-
-
-class Claim:
-    """A prefill as the thread that sends it sees it; the thread must `LeaseBook.end` it.
-
-    Attributes:
-        prefill: Which one.
-    """
-
-    def __init__(self, book: "LeaseBook", entry: _Entry) -> None:
-        self._book = book
-        self._entry = entry
-        self.prefill = entry.prefill
-
-    @property
-    def kept(self) -> bool:
-        """Whether it has finished."""
-        return self._entry.kept
-
-    @property
-    def model_s(self) -> float:
-        """Seconds from its arrival to its end, or to now."""
-        entry = self._entry
-        return entry.model_s if entry.kept else self._book.now_s() - entry.begun_s
-
-    @property
-    def computed(self) -> Computed | None:
-        """What is there now; None before anything is, and after a preemption.
-
-        Blocks that were read by it hold what they should only if, after reading, it is still `valid`.
-
-        Raises:
-            TransferError: The prefill was aborted.
-        """
-        if self._entry.outcome is not None:
-            raise TransferError(
-                TransferReason.CANCELLED, f"the prefill ended: {self._entry.outcome}"
-            )
-        return self._entry.computed
-
-    def valid(self, seen: Computed) -> bool:
-        """Tell whether the blocks of what was seen are still this request's."""
-        return self._entry.epoch == seen.epoch
 
 
 class LeaseBook:
@@ -120,22 +28,19 @@ class LeaseBook:
         lease_s: How long an unclaimed lease lasts, in seconds.
         now_s: A clock that never goes back.
         ended: Called when `take_ended` has something to return; must not wait.
-
-    Attributes:
-        now_s: The clock.
     """
 
     def __init__(
         self,
         lease_s: float,
         now_s: Callable[[], float] = time.monotonic,
-        ended: Callable[[], None] = _at_once,
+        ended: Callable[[], None] = at_once,
     ) -> None:
         self._lease_s = lease_s
-        self.now_s = now_s
+        self._now_s = now_s
         self._on_end = ended
         self._changed = threading.Condition()
-        self._held: dict[str, _Entry] = {}
+        self._held: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
         self._ended: list[str] = []
         self._reasons: OrderedDict[str, str] = OrderedDict()
@@ -146,7 +51,7 @@ class LeaseBook:
         with self._changed:
             if prefill.request_id in self._held:
                 return
-            entry = self._held[prefill.request_id] = _Entry(prefill, self.now_s())
+            entry = self._held[prefill.request_id] = Entry(prefill, self._now_s())
             name = prefill.transfer_id
             if name is not None:
                 self._names[name] = prefill.request_id
@@ -159,7 +64,7 @@ class LeaseBook:
         progress: Progress,
         *,
         layers: int | None = None,
-        written: Callable[[], None] = _at_once,
+        written: Callable[[], None] = at_once,
     ) -> None:
         """Take note of how far a running prefill is.
 
@@ -219,7 +124,7 @@ class LeaseBook:
                     prompt_digest=lease.prompt_digest,
                     workload=lease.workload,
                 )
-                entry = self._held[lease.request_id] = _Entry(prefill, self.now_s())
+                entry = self._held[lease.request_id] = Entry(prefill, self._now_s())
             elif lease.tokens != entry.prefill.tokens:
                 # nobody who was promised the whole prompt can use it
                 entry.outcome = entry.outcome or WireReason.RANGE_MISMATCH
@@ -228,7 +133,7 @@ class LeaseBook:
                 block_ids=lease.block_ids, tokens=lease.tokens, epoch=entry.epoch, whole=True
             )
             entry.model_s = lease.model_s
-            entry.expires_s = self.now_s() + self._lease_s
+            entry.expires_s = self._now_s() + self._lease_s
             if entry.outcome is not None:
                 self._end(lease.request_id, entry.outcome)
             self._changed.notify_all()
@@ -274,7 +179,7 @@ class LeaseBook:
         """Return the prefills, running or kept, that nobody sends yet; they may be looked at, not ended."""
         with self._changed:
             return [
-                Claim(self, entry)
+                Claim(entry, self._now_s)
                 for entry in self._held.values()
                 if not entry.claimed and entry.outcome is None and entry.prefill.transfer_id is None
             ]
@@ -309,7 +214,7 @@ class LeaseBook:
             for name in names:
                 entry = self._held.get(self._names.get(name, name))
                 if entry is not None and entry.kept:
-                    entry.expires_s = self.now_s() + self._lease_s
+                    entry.expires_s = self._now_s() + self._lease_s
 
     def take_ended(self) -> tuple[set[str], dict[str, int]]:
         """Return the requests whose blocks are free since the last call, and how many ended by which reason.
@@ -317,7 +222,7 @@ class LeaseBook:
         Leases that nobody claimed in time end here.
         """
         with self._changed:
-            now_s = self.now_s()
+            now_s = self._now_s()
             for request_id in [
                 key
                 for key, entry in self._held.items()
@@ -338,7 +243,7 @@ class LeaseBook:
         with self._changed:
             return len(self._held)
 
-    def _claim(self, name: str, entry: _Entry | None) -> Claim:
+    def _claim(self, name: str, entry: Entry | None) -> Claim:
         if entry is None or entry.outcome is not None:
             reason = self._reasons.get(name) if entry is None else entry.outcome
             detail = (
@@ -350,7 +255,7 @@ class LeaseBook:
         if entry.claimed:
             raise TransferError(TransferReason.PEER_REFUSED, "the prefill is being sent already")
         entry.claimed = True
-        return Claim(self, entry)
+        return Claim(entry, self._now_s)
 
     def _end(self, request_id: str, reason: str) -> None:
         entry = self._held.get(request_id)

@@ -32,13 +32,14 @@ from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Sender, TcpSender
 from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
+from kvserve_connector.claims import Claim
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.commands import Pull, Release, Renew
 from kvserve_connector.config import NIXL, ConnectorConfig
 from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Door
-from kvserve_connector.leases import SENT, Claim, LeaseBook
+from kvserve_connector.leases import SENT, LeaseBook
 from kvserve_connector.links import LinkBook, LinkState, Promise
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.protocol import Kind, pack_header

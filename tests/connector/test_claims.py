@@ -1,0 +1,45 @@
+"""What of a prefill can be read while it is computed, and what its sender is told of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from kvserve_api.errors import TransferError
+from kvserve_connector.chunks import Chunk
+from kvserve_connector.claims import Claim, Computed, Entry
+from kvserve_connector.handover import Prefill
+
+SEEN = Computed(block_ids=((1, 2),), tokens=16, next_tokens=32, layers=3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "holds"),
+    [
+        pytest.param(range(10), range(16), True, id="computed"),
+        pytest.param(range(3), range(16, 32), True, id="computed-in-these-layers"),
+        pytest.param(range(4), range(16, 32), False, id="a-layer-too-many"),
+        pytest.param(range(3), range(16, 33), False, id="a-token-too-many"),
+    ],
+)
+def test_what_is_computed_can_be_read(layers: range, tokens: range, holds: bool) -> None:
+    """All layers up to the last step, and the layers that the running step is through with."""
+    chunk = Chunk(layers=layers, tokens=tokens)
+    assert SEEN.holds(chunk) == holds
+    assert replace(SEEN, whole=True).holds(chunk)
+
+
+def test_a_sender_learns_how_its_prefill_is() -> None:
+    """It sees time pass until the prefill ends, whether blocks are still the request's, and an abort as an error."""
+    entry = Entry(Prefill(request_id="a", tokens=32, prompt_digest="d", workload="w"), begun_s=1.0)
+    claim = Claim(entry, lambda: 3.5)
+    assert (claim.kept, claim.model_s, claim.computed) == (False, 2.5, None)
+    entry.computed = SEEN
+    assert claim.computed is SEEN
+    assert claim.valid(SEEN)
+    entry.epoch += 1
+    assert not claim.valid(SEEN)
+    entry.kept, entry.model_s = True, 2.0
+    assert (claim.kept, claim.model_s) == (True, 2.0)
+    entry.outcome = "Cancelled"
+    with pytest.raises(TransferError, match="the prefill ended: Cancelled"):
+        _ = claim.computed
