@@ -11,7 +11,6 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -20,19 +19,13 @@ from kvserve_api.credentials import Credentials
 from kvserve_api.errors import KVServeError, UnauthenticatedError, UnavailableError
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc import control_pb2_grpc
-from kvserve_api.rpc.auth import PodSide, channel_credentials
-from kvserve_api.rpc.messages import (
-    MAX_MESSAGE_BYTES,
-    decision_to_message,
-    table_from_push,
-    version_from_message,
-    version_to_message,
-)
-from kvserve_api.table import Role
+from kvserve_api.rpc.auth import PodSide
+from kvserve_api.rpc.messages import decision_to_message, table_from_push, version_from_message
 from kvserve_connector.bundles import BundleBook, wanted_by
+from kvserve_connector.channel import Call, explain, open_channel, prove
 from kvserve_connector.client import Outcome
-from kvserve_connector.coding import known_stages
 from kvserve_connector.config import PATH, ConnectorConfig
+from kvserve_connector.control_messages import Identity, hello_message, nack_message, report_message
 from kvserve_connector.selector import Carries, ReadyTable, Selector, carries_all
 
 logger = logging.getLogger(__name__)
@@ -45,31 +38,8 @@ FIRST_BACKOFF_S: Final = 0.2
 LAST_BACKOFF_S: Final = 5.0
 ANSWER_S: Final = 25.0
 """After this time a table that is still not ready is refused for now; the controller would end the stream at 30 s."""
-PROOF_S: Final = 10.0
-"""How long a controller may take to prove that it holds the secret."""
 HEALTHY_S: Final = 10.0
 """A stream that lived as long starts the backoff anew."""
-Call = grpc.aio.StreamStreamCall[pb.PodMessage, pb.ControllerMessage]
-_OPTIONS: Final = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # a frozen controller must be noticed, or its successor would not be looked for
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # gRPC's own waiting would hide ours
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
-    """What a pod says of itself in its Hello."""
-
-    role: Role
-    fingerprint: str
-    version: str
 
 
 class ControlClient:
@@ -136,7 +106,7 @@ class ControlClient:
             return
         if len(self._reports) == MAX_REPORTS:
             self._dropped(1)
-        self._reports.append(_report(outcome))
+        self._reports.append(report_message(outcome))
 
     def _main(self) -> None:
         asyncio.run(self._run())
@@ -191,7 +161,10 @@ class ControlClient:
 
     async def _talk(self, call: Call, side: PodSide) -> None:
         """Say Hello to a controller that has proven itself, then listen and answer."""
-        hello = self._hello(await prove(call, side))
+        proof = await prove(call, side)
+        table = self._selector.table
+        version = None if table is None else table.version
+        hello = hello_message(self._config, self._identity, version, proof)
         answers: asyncio.Queue[pb.PodMessage] = asyncio.Queue(maxsize=16)
         writer = asyncio.ensure_future(self._write(call, hello, answers))
         try:
@@ -271,7 +244,7 @@ class ControlClient:
             applying.add_done_callback(lambda task: task.cancelled() or task.exception())
             version = version_from_message(push.version)
             logger.warning("table %s takes long to make ready", version)
-            await answers.put(_nack(push, UnavailableError.reason, "still being made ready"))
+            await answers.put(nack_message(push, UnavailableError.reason, "still being made ready"))
         elif (answer := applying.result()) is not None:
             await answers.put(answer)
 
@@ -280,7 +253,7 @@ class ControlClient:
         version = version_from_message(push.version)
         current = self._selector.table
         if current is not None and version < current.version:
-            return _nack(push, STALE_VERSION, f"version {current.version} is in force")
+            return nack_message(push, STALE_VERSION, f"version {current.version} is in force")
         try:
             table = table_from_push(push)
             bundles = self._bundles.obtain(wanted_by(table, self._carries), abandoned)
@@ -290,11 +263,11 @@ class ControlClient:
                 self._warm_up(ready)
         except KVServeError as error:
             logger.warning("table %s refused: %s", version, error)
-            return _nack(push, error.reason, str(error))
+            return nack_message(push, error.reason, str(error))
         except Exception as error:
             # a table that this pod stumbles over must be refused, not leave the controller waiting
             logger.exception("table %s refused", version)
-            return _nack(push, KVServeError.reason, str(error))
+            return nack_message(push, KVServeError.reason, str(error))
         with self._installing:
             if abandoned.is_set():
                 return None
@@ -303,102 +276,3 @@ class ControlClient:
             self._selector.install(ready)
         logger.info("table %s of policy %s is in force", version, ready.table.policy)
         return pb.PodMessage(ack=pb.Ack(version=push.version, nonce=push.nonce))
-
-    def _hello(self, proof: bytes) -> pb.Hello:
-        table = self._selector.table
-        return pb.Hello(
-            pod=self._config.pod,
-            namespace=self._config.namespace,
-            role=self._identity.role.value,
-            policy=self._config.policy or "",
-            labels=dict(self._config.labels),
-            model_fingerprint=self._identity.fingerprint,
-            connector_version=self._identity.version,
-            version=None if table is None else version_to_message(table.version),
-            stages=sorted(known_stages()),
-            proof=proof,
-        )
-
-
-def open_channel(endpoint: str, credentials: Credentials | None) -> grpc.aio.Channel:
-    """Return a channel to a controller, by TLS if the credentials say so; not connected yet."""
-    secured = None if credentials is None else channel_credentials(credentials.current())
-    if secured is None:
-        return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
-    return grpc.aio.secure_channel(endpoint, secured, options=_OPTIONS)
-
-
-async def prove(call: Call, side: PodSide) -> bytes:
-    """Return the proof for a stream's Hello, once the controller has given its own.
-
-    Raises:
-        UnauthenticatedError: The controller proves nothing, or not in time.
-        AioRpcError: The stream ended.
-    """
-    if not side.secrets:
-        return b""
-    try:
-        async with asyncio.timeout(PROOF_S):
-            metadata = await call.initial_metadata()
-    except TimeoutError:
-        metadata = None
-    if call.done():
-        # what it says of itself comes first
-        await call.read()
-    return side.prove(metadata or ())
-
-
-def explain(error: grpc.aio.AioRpcError | UnauthenticatedError) -> KVServeError:
-    """Return what an ended stream means.
-
-    Args:
-        error: What gRPC, or the controller, says.
-    """
-    if isinstance(error, UnauthenticatedError):
-        return error
-    detail = error.details() or error.code().name
-    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-        return UnauthenticatedError(detail)
-    if "handshak" in detail.lower() or "certificate" in detail.lower():
-        return UnauthenticatedError(f"no TLS with the controller: {detail}")
-    # the last is also said of a stream that ended while something was being written
-    if error.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.INTERNAL,
-    ):
-        return UnavailableError(detail)
-    return KVServeError(f"{error.code().name}: {detail}")
-
-
-def _nack(push: pb.Push, reason: str, detail: str) -> pb.PodMessage:
-    return pb.PodMessage(
-        nack=pb.Nack(version=push.version, nonce=push.nonce, reason=reason, detail=detail[:1024])
-    )
-
-
-def _report(outcome: Outcome) -> pb.TransferReport:
-    """Translate a transfer's outcome."""
-    accept, end = outcome.accept, outcome.end
-    report = pb.TransferReport(
-        workload=outcome.load.workload,
-        native_bytes=outcome.native_bytes,
-        wire_bytes=outcome.wire_bytes,
-        wire_s=outcome.wire_s,
-        decode_s=outcome.decode_s,
-        total_s=outcome.total_s,
-        failure=outcome.failure,
-    )
-    if accept is not None:
-        report.profile = accept.profile
-        report.wanted = accept.wanted
-        report.bound = accept.bound
-        report.producer = accept.pod
-        report.predicted_s = accept.predicted_s
-        report.model_s = accept.model_s
-        if accept.version is not None:
-            report.version.CopyFrom(version_to_message(accept.version))
-    if end is not None:
-        report.encode_s = end.encode_s
-        report.goodput_bytes_per_s = end.goodput_bytes_per_s
-    return report

@@ -23,7 +23,8 @@ from kvserve_connector.chunks import ahead_layers, plan_form
 from kvserve_connector.client import Outcome, TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
-from kvserve_connector.control import ControlClient, Identity
+from kvserve_connector.control import ControlClient
+from kvserve_connector.control_messages import Identity
 from kvserve_connector.engine import Engine
 from kvserve_connector.form import Form
 from kvserve_connector.handover import Progress

@@ -23,7 +23,8 @@ from kvserve_connector.bundles import BundleBook
 from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.control import MAX_REPORTS, ControlClient, Identity
+from kvserve_connector.control import MAX_REPORTS, ControlClient
+from kvserve_connector.control_messages import Identity
 from kvserve_connector.handover import Load
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector

@@ -21,7 +21,8 @@ from kvserve_api.rpc.messages import push_from_table
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.config import ConnectorConfig
-from kvserve_connector.control import ControlClient, Identity
+from kvserve_connector.control import ControlClient
+from kvserve_connector.control_messages import Identity
 from kvserve_connector.selector import Selector
 from kvserve_controller.controller import Controller
 from kvserve_controller.metrics import Metrics

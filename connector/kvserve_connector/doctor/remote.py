@@ -25,9 +25,9 @@ from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.auth import PodSide
 from kvserve_api.table import Role
 from kvserve_api.wire import KVLayout
+from kvserve_connector.channel import explain, open_channel, prove
 from kvserve_connector.commands import Pull
 from kvserve_connector.config import PATH, ConnectorConfig
-from kvserve_connector.control import explain, open_channel, prove
 from kvserve_connector.doctor.finding import (
     Finding,
     fail,
