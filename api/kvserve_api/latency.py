@@ -180,20 +180,20 @@ def utilisation(native_bytes: float, stage_s: float, load: Load) -> float:
     return load.native_bytes_per_s * stage_s / max(native_bytes, 1)
 
 
-def others_s(stage_s: float, wait_s: float, busy: float, load: Load) -> float:
+def others_s(stage_s: float, wait_s: float, load: Load) -> float:
     """Return the delay that a transfer causes to those behind it at one stage, in seconds, summed over them.
 
-    Whoever arrives before the stage is idle again waits as much longer as this transfer keeps it busy. The stage is
-    busy for what waits, and for this transfer, stretched by those who arrive meanwhile: the busy period of a queue
-    (Kleinrock 1975, section 5.8). At ``MOST_UTILISATION`` the stretch ends: not every transfer will do the same.
+    Whoever arrives before the stage is idle again waits as much longer as this transfer keeps it busy. Of those only
+    the ones count that arrive until the transfer itself has passed: how long the stage stays busy after that depends on
+    what they will choose, and to assume that they choose the same (the busy period of a queue, Kleinrock 1975, section
+    5.8) makes every candidate that would overload a stage by itself too dear, though a mixture would not.
 
     Args:
         stage_s: What the transfer takes there, in seconds.
         wait_s: Work that is there already, in seconds.
-        busy: The stage's utilisation.
         load: What it is asked for.
     """
-    return load.arrivals_per_s * stage_s * (wait_s + stage_s) / (1 - min(busy, MOST_UTILISATION))
+    return load.arrivals_per_s * stage_s * (wait_s + stage_s)
 
 
 def predict(
@@ -220,17 +220,13 @@ def predict(
         (wire_s, queue_s, link.load),
         (decode_s, link.decode_backlog_s, link.load),
     )
-    busy = [utilisation(native_bytes, stage_s, load) for stage_s, _, load in stages]
     return Prediction(
         encode_s=encode_s,
         wire_s=wire_s,
         decode_s=decode_s,
         wait_s=max(0.0, total_s - pipeline_s((encode_s, wire_s, decode_s), chunks)),
         total_s=total_s,
-        utilisation=max(busy),
-        others_s=max(
-            others_s(stage_s, wait_s, share, load)
-            for (stage_s, wait_s, load), share in zip(stages, busy, strict=True)
-        )
+        utilisation=max(utilisation(native_bytes, stage_s, load) for stage_s, _, load in stages),
+        others_s=max(others_s(stage_s, wait_s, load) for stage_s, wait_s, load in stages)
         + (link.encode_delays * encode_s + link.decode_delays * decode_s),
     )

@@ -220,16 +220,11 @@ def select(
                 busy = busy_d
             if busy > MOST_UTILISATION:
                 level = UNSTABLE
-                busy_e, busy_w, busy_d = (
-                    min(busy_e, MOST_UTILISATION),
-                    min(busy_w, MOST_UTILISATION),
-                    min(busy_d, MOST_UTILISATION),
-                )
-            cost = coder_rate * encode_s * (encode_wait_s + encode_s) / (1 - busy_e)
-            wire_cost = link_rate * wire_s * (wire_wait_s + wire_s) / (1 - busy_w)
+            cost = coder_rate * encode_s * (encode_wait_s + encode_s)
+            wire_cost = link_rate * wire_s * (wire_wait_s + wire_s)
             if wire_cost > cost:
                 cost = wire_cost
-            decode_cost = link_rate * decode_s * (decode_wait_s + decode_s) / (1 - busy_d)
+            decode_cost = link_rate * decode_s * (decode_wait_s + decode_s)
             merit = seconds + ((decode_cost if decode_cost > cost else cost) + engines_s)
         if level < LATE and fixed is not None:
             merit = fixed
