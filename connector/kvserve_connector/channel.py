@@ -17,6 +17,8 @@ Call = grpc.aio.StreamStreamCall[pb.PodMessage, pb.ControllerMessage]
 _OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # messages are small and rare: to measure the connection would be two more packets for each
+    ("grpc.http2.bdp_probe", 0),
     # a frozen controller must be noticed, or its successor would not be looked for
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

@@ -1,10 +1,10 @@
 """The command ``kvserve controller``."""
 
-import asyncio
 import math
 from pathlib import Path
 
 import click
+import uvloop
 
 from kvserve_api.credentials import CredentialFiles
 from kvserve_api.errors import KVServeError, SpecError
@@ -115,6 +115,6 @@ def controller(
         ),
     )
     try:
-        asyncio.run(run(options))
+        uvloop.run(run(options))
     except KVServeError as error:
         raise click.ClickException(str(error)) from error

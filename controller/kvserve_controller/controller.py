@@ -14,7 +14,8 @@ from kvserve_controller.checkpoint import Checkpoint, Saved
 from kvserve_controller.learn import STAGES
 from kvserve_controller.metrics import Metrics
 from kvserve_controller.program import Instant, Program
-from kvserve_controller.push import ACK_TIMEOUT_S, Hub, Outcome
+from kvserve_controller.push import ACK_TIMEOUT_S, Hub
+from kvserve_controller.session import Outcome
 from kvserve_controller.source import Snapshot
 from kvserve_controller.status import status
 from kvserve_controller.versions import VersionClock

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from kvserve_api.errors import PolicyError, SpecError
-from kvserve_api.policy import Policy
+from kvserve_api.policy import Policy, Target
 from kvserve_api.table import Role, Version
 
 MAX_NAME: Final = 253
@@ -101,6 +101,11 @@ def match(pod: Pod, policies: Mapping[str, Policy]) -> str | None:
             _check_role(pod, policy)
             return key
     return None
+
+
+def selecting(policies: Mapping[str, Policy]) -> list[tuple[str, str, tuple[Target, ...]]]:
+    """Return all that `match` looks at: policies that agree in it, in this order, select the same pods."""
+    return [(key, policy.namespace, policy.targets) for key, policy in policies.items()]
 
 
 def _roles(pod: Pod, policy: Policy) -> list[str]:

@@ -8,7 +8,8 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from kvserve_api import telemetry
 from kvserve_api.otel import counter
 from kvserve_api.table import Role
-from kvserve_controller.push import Counts, Outcome
+from kvserve_controller.counts import Counts
+from kvserve_controller.session import Outcome
 
 
 class Metrics:

@@ -5,18 +5,19 @@ Prefill pods when every Decode pod that was connected at that time has answered,
 while.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, TypeAlias
 
 from kvserve_api.errors import PolicyError, UnavailableError
 from kvserve_api.policy import Policy
 from kvserve_api.rpc import control_pb2 as pb
-from kvserve_api.rpc.messages import push_from_table, version_to_message
+from kvserve_api.rpc.messages import version_to_message
 from kvserve_api.table import DecisionTable, Role, Version
-from kvserve_controller.match import Pod, match
+from kvserve_controller.counts import Counts
+from kvserve_controller.match import Pod, match, selecting
+from kvserve_controller.offer import Offer
+from kvserve_controller.refusals import Refusals
+from kvserve_controller.session import Ending, Outcome, Rejection, Sent, Session
 
 ACK_TIMEOUT_S: Final = 30.0
 """How long a pod may take to answer a table before its stream is closed; it may have to compile kernels first."""
@@ -25,155 +26,8 @@ SILENT_S: Final = 2.0
 RETRY_S: Final = 30.0
 """After how long a table is sent again to a pod that could not get its calibration bundles at that time."""
 MAX_STREAMS: Final = 8192
-MAX_REJECTIONS: Final = 4096
 MAX_DETAIL: Final = 512
 HEARTBEATS_PER_TTL: Final = 3
-
-
-class Ending(StrEnum):
-    """Why the controller ends a stream; the words are names of gRPC status codes."""
-
-    SILENT = "DEADLINE_EXCEEDED"
-    REPLACED = "ABORTED"
-    WRONG_ROLE = "FAILED_PRECONDITION"
-    STOPPING = "UNAVAILABLE"
-
-
-class Outcome(StrEnum):
-    """What became of a push."""
-
-    ACK = "ack"
-    NACK = "nack"
-    TIMEOUT = "timeout"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rejection:
-    """A pod's refusal of a table.
-
-    Attributes:
-        version: The table's.
-        reason: A word of the catalogue of errors.
-        detail: More about it, for people.
-        retry_s: When to send the same table again; None for never.
-    """
-
-    version: Version
-    reason: str
-    detail: str
-    retry_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sent:
-    """A table on its way to a pod, not answered yet."""
-
-    version: Version
-    nonce: str
-    at_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    """The pods of one role of a policy.
-
-    Attributes:
-        connected: With an open stream.
-        synced: That acknowledged the table in force.
-        rejected: That refused it, or serve another model than was profiled.
-        message: Why; empty if none did.
-    """
-
-    connected: int = 0
-    synced: int = 0
-    rejected: int = 0
-    message: str = ""
-
-    @property
-    def stale(self) -> int:
-        """Pods that hold an earlier table or none."""
-        return self.connected - self.synced - self.rejected
-
-
-class Session:
-    """One pod's open stream.
-
-    Attributes:
-        pod: Who it is.
-        policy: The policy it belongs to; None if there is none.
-        held: The version the pod has in force, as far as known.
-        acked: The last version it acknowledged on this stream.
-        sent: What it has not answered yet.
-        silent: That is a while ago: nobody waits for the answer.
-        rejection: What it refused last.
-        ending: Why the stream is to be closed, and what to tell the pod; None while it stays open.
-        wake: Set when there may be something to send.
-    """
-
-    def __init__(self, pod: Pod) -> None:
-        self.pod = pod
-        self.policy: str | None = None
-        self.held = pod.version
-        self.acked: Version | None = None
-        self.sent: Sent | None = None
-        self.silent = False
-        self.rejection: Rejection | None = None
-        self.ending: tuple[Ending, str] | None = None
-        self.wake = asyncio.Event()
-        self.last_sent_s = 0.0
-
-    def end(self, ending: Ending, detail: str) -> None:
-        """Have the stream closed."""
-        if self.ending is None:
-            self.ending = (ending, detail)
-        self.wake.set()
-
-    def has_answered(self, version: Version) -> bool:
-        """Tell whether the pod has acknowledged or refused a version."""
-        refused = self.rejection is not None and self.rejection.version == version
-        return refused or self.acked == version
-
-    def retry_s(self, version: Version) -> float | None:
-        """Return when to send a version again that the pod refused for now; None if it did not."""
-        rejection = self.rejection
-        return rejection.retry_s if rejection and rejection.version == version else None
-
-
-class Offer:
-    """A table in force, and who has not answered it yet.
-
-    Attributes:
-        table: The table.
-        fingerprint: Of the model that was profiled; empty if unknown.
-        waiting: The Decode pods that its Prefill pods wait for.
-        unanswered: All pods that were connected when it was offered and have neither answered nor gone.
-        pods: How many there were.
-        message: What is sent to each of them: its nonce tells offers apart, and a pod has one on its way at most.
-    """
-
-    def __init__(
-        self, table: DecisionTable, fingerprint: str, members: Iterable[Session], nonce: str
-    ) -> None:
-        self.table = table
-        self.fingerprint = fingerprint
-        self.unanswered = {session for session in members if self.suits(session.pod)}
-        self.waiting = {
-            session
-            for session in self.unanswered
-            if session.pod.role is Role.DECODE and not session.silent
-        }
-        self.pods = len(self.unanswered)
-        self.message = pb.ControllerMessage(push=push_from_table(table, nonce))
-
-    def is_turn_of(self, session: Session) -> bool:
-        """Tell whether a pod may have the table now: Decode pods at once, others when no Decode pod is waited for."""
-        return session.pod.role is Role.DECODE or not self.waiting
-
-    def suits(self, pod: Pod) -> bool:
-        """Tell whether the pod serves the model that was profiled, as far as both say."""
-        return not (self.fingerprint and pod.model_fingerprint) or (
-            self.fingerprint == pod.model_fingerprint
-        )
 
 
 Answered: TypeAlias = Callable[[str, Outcome], None]
@@ -214,7 +68,7 @@ class Hub:
         self._by_policy: dict[str, dict[str, Session]] = {}
         self._offers: dict[str, Offer] = {}
         self._policies: Mapping[str, Policy] = {}
-        self._rejections: dict[tuple[str, str, frozenset[str]], Rejection] = {}
+        self._refusals = Refusals()
         self._numbers = 0
         self._on_answer = on_answer
         self._on_behind = on_behind
@@ -232,7 +86,7 @@ class Hub:
         if old is None and len(self.sessions) >= MAX_STREAMS:
             raise UnavailableError(f"this controller serves {MAX_STREAMS} streams already")
         session = Session(pod)
-        session.rejection = self._rejections.get(_memory_key(pod))
+        session.rejection = self._refusals.of(pod)
         policy = match(pod, self._policies)
         if old is not None:
             old.end(Ending.REPLACED, f"pod {pod.key} opened a newer stream")
@@ -253,8 +107,12 @@ class Hub:
 
     def rematch(self, policies: Mapping[str, Policy]) -> None:
         """Follow a change of the policies, given in the order in which they win."""
+        told = self.synced and selecting(policies) == selecting(self._policies)
         self._policies = policies
         self.synced = True
+        if told:
+            # most changes of a policy are not about which pods it selects: a thousand need not be matched anew
+            return
         for session in self.sessions.values():
             try:
                 policy = match(session.pod, policies)
@@ -306,7 +164,7 @@ class Hub:
                 retry_s=sent.at_s + RETRY_S if passing else None,
             )
             if not passing:
-                self._remember(session.pod, session.rejection)
+                self._refusals.remember(session.pod, session.rejection)
         if session.policy is not None:
             self._on_answer(session.policy, Outcome.ACK if rejection is None else Outcome.NACK)
             offer = self._offers.get(session.policy)
@@ -372,7 +230,7 @@ class Hub:
         """Return how the pods of each role of a policy stand."""
         offer = self._offers.get(policy)
         members = list(self._by_policy.get(policy, {}).values())
-        return {role: _count(offer, [s for s in members if s.pod.role is role]) for role in Role}
+        return {role: Counts.of(offer, [s for s in members if s.pod.role is role]) for role in Role}
 
     def _push(self, session: Session, offer: Offer, now_s: float) -> pb.ControllerMessage:
         nonce = offer.message.push.nonce
@@ -422,7 +280,9 @@ class Hub:
         if session in offer.waiting:
             offer.waiting.discard(session)
             if not offer.waiting:
-                self._wake(self._by_policy.get(offer.table.policy, {}).values())
+                members = self._by_policy.get(offer.table.policy, {}).values()
+                # Decode pods have had their turn
+                self._wake(s for s in members if s.pod.role is not Role.DECODE)
 
     def _settle(self, session: Session, offer: Offer) -> None:
         """Take note that a pod answered the table in force, or is gone."""
@@ -431,44 +291,7 @@ class Hub:
             if not offer.unanswered:
                 self._on_settled(offer.table.policy, offer.table.version, offer.pods)
 
-    def _remember(self, pod: Pod, rejection: Rejection) -> None:
-        """Keep a refusal over reconnects, until the pod is another one or the table is."""
-        self._rejections.pop(_memory_key(pod), None)
-        self._rejections[_memory_key(pod)] = rejection
-        if len(self._rejections) > MAX_REJECTIONS:
-            del self._rejections[next(iter(self._rejections))]
-
     @staticmethod
     def _wake(sessions: Iterable[Session]) -> None:
         for session in sessions:
             session.wake.set()
-
-
-def _memory_key(pod: Pod) -> tuple[str, str, frozenset[str]]:
-    """Return what makes a pod one that may answer differently: another connector, or other stages."""
-    return pod.key, pod.connector_version, pod.stages
-
-
-def _count(offer: Offer | None, sessions: list[Session]) -> Counts:
-    if offer is None:
-        return Counts(connected=len(sessions))
-    version = offer.table.version
-    problems = []
-    synced = 0
-    for session in sessions:
-        rejection = session.rejection
-        if not offer.suits(session.pod):
-            problems.append(
-                f"{session.pod.name}: serves another model than was profiled"
-                f" (fingerprint {session.pod.model_fingerprint}, not {offer.fingerprint})"
-            )
-        elif rejection is not None and rejection.version == version:
-            problems.append(f"{session.pod.name}: {rejection.reason}: {rejection.detail}")
-        elif session.acked == version:
-            synced += 1
-    return Counts(
-        connected=len(sessions),
-        synced=synced,
-        rejected=len(problems),
-        message="; ".join(problems[:3]),
-    )

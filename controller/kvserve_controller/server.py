@@ -37,6 +37,8 @@ TICK_S: Final = 0.5
 GRACE_S: Final = 2.0
 """How long streams may take to end when the controller does."""
 SAVE_EVERY_S: Final = 30.0
+GC_THRESHOLDS: Final = (20_000, 20, 20)
+"""Reports are many objects and few cycles, and each collection holds up all streams: the usual 700 is too often."""
 RECONNECT_S: Final = 3.0
 """How long pods get to reconnect after a start before the status says that they are gone."""
 
@@ -139,6 +141,7 @@ async def _serve(options: Options, stack: AsyncExitStack, stop: asyncio.Event) -
     await stack.enter_async_context(grpc_server(options.listen, controller, credentials))
     # what was imported never becomes garbage: without it a collection does not hold up a thousand streams
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     health.listening = True
     tasks = [
         asyncio.create_task(source.run(_both(controller, writer))),
@@ -239,6 +242,8 @@ async def grpc_server(
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
+            # messages are small and rare: to measure the connection would be two more packets for each
+            ("grpc.http2.bdp_probe", 0),
             # a pod that is gone without a word is noticed, and one that asks whether we are is answered
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),

@@ -1,7 +1,6 @@
 """The gRPC service: one bidirectional stream a pod, read and written as the hub decides."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +20,10 @@ from kvserve_api.errors import (
 from kvserve_api.rpc import control_pb2_grpc
 from kvserve_api.rpc.auth import ControllerSide
 from kvserve_api.table import Version
+from kvserve_controller.alarm import Alarm
 from kvserve_controller.match import Pod
-from kvserve_controller.push import Ending, Hub, Session
+from kvserve_controller.push import Hub
+from kvserve_controller.session import Ending, Session
 
 HELLO_TIMEOUT_S: Final = 10.0
 SEND_TIMEOUT_S: Final = 5.0
@@ -141,24 +142,31 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     log.debug("message ignored", extra={"pod": session.pod.key})
 
     async def _write(self, session: Session, context: Context) -> None:
-        while session.ending is None:
-            session.wake.clear()
-            message = self._hub.next_message(session, self._clock())
-            if message is not None:
-                try:
-                    async with asyncio.timeout(SEND_TIMEOUT_S):
+        loop = asyncio.get_running_loop()
+        writer = asyncio.current_task()
+        assert writer is not None
+
+        def give_up() -> None:
+            session.end(Ending.SILENT, f"nothing was read for {SEND_TIMEOUT_S:g} s")
+            writer.cancel()
+
+        alarm = Alarm(session.wake.set)
+        try:
+            while session.ending is None:
+                session.wake.clear()
+                now_s = self._clock()
+                message = self._hub.next_message(session, now_s)
+                if message is not None:
+                    timer = loop.call_later(SEND_TIMEOUT_S, give_up)
+                    try:
                         await context.write(message)
-                except TimeoutError:
-                    session.end(Ending.SILENT, f"nothing was read for {SEND_TIMEOUT_S:g} s")
-            elif session.ending is None:
-                await _wait(session.wake, self._hub.wait_s(session, self._clock()))
-
-
-async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:
-    # not wait_for, which makes a task each time: this runs for each of a thousand pods at once
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
+                    finally:
+                        timer.cancel()
+                elif session.ending is None:
+                    alarm.set(self._hub.wait_s(session, now_s))
+                    await session.wake.wait()
+        finally:
+            alarm.stop()
 
 
 def _code_of(error: KVServeError) -> grpc.StatusCode:

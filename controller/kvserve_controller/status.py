@@ -8,8 +8,8 @@ from typing import Any, Final
 from kvserve_api.policy import Mode, Policy, WorkloadClass
 from kvserve_api.profile_set import DEFAULT_CLASS, ParetoSet, Profile
 from kvserve_api.table import DecisionTable, Role
+from kvserve_controller.counts import Counts
 from kvserve_controller.program import Program
-from kvserve_controller.push import Counts
 from kvserve_controller.window import WINDOW_S
 
 PROGRAMMED: Final = "Programmed"

@@ -26,8 +26,8 @@ from kvserve_connector.control_messages import Identity
 from kvserve_connector.selector import Selector
 from kvserve_controller.controller import Controller
 from kvserve_controller.metrics import Metrics
-from kvserve_controller.push import Ending
 from kvserve_controller.server import Address, grpc_server, now
+from kvserve_controller.session import Ending
 from members import Members
 from tables import table
 

@@ -8,7 +8,7 @@ from kvserve_api.errors import PolicyError, SpecError
 from kvserve_api.policy import Policy
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.table import Role, Version
-from kvserve_controller.match import Pod, match
+from kvserve_controller.match import Pod, match, selecting
 from kvserve_controller.versions import MAX_EPOCH, VersionClock
 from samples import policy_object
 
@@ -61,6 +61,20 @@ def test_first_policy_wins() -> None:
     subject = pod(labels={"app": "chat-decode"})
     assert match(subject, {"default/twin": twin, **POLICIES}) == "default/twin"
     assert match(subject, {**POLICIES, "default/twin": twin}) == "default/chat"
+
+
+def test_what_selects_pods() -> None:
+    """Policies select the same pods while targets, namespaces and order are the same, whatever else they ask for."""
+    chat, other = POLICIES.values()
+    looser = Policy.from_object(policy_object("chat", quality={"maxLossBasisPoints": 7}))
+    elsewhere = Policy.from_object(
+        policy_object("chat", targets=policy_object("new")["spec"]["targets"])
+    )
+    before = selecting(POLICIES)
+    assert selecting({chat.key: looser, other.key: other}) == before
+    assert selecting({chat.key: elsewhere, other.key: other}) != before
+    assert selecting({other.key: other, chat.key: chat}) != before
+    assert selecting({chat.key: chat}) != before
 
 
 def test_read_hello() -> None:

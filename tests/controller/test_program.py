@@ -9,13 +9,13 @@ from kvserve_api.errors import ArtifactError, PolicyError
 from kvserve_api.policy import Policy
 from kvserve_api.table import Role, Version
 from kvserve_controller.activity import Cause
+from kvserve_controller.counts import Counts
 from kvserve_controller.program import (
     RELEARN_INTERVAL_S,
     URGENT_INTERVAL_S,
     Instant,
     Program,
 )
-from kvserve_controller.push import Counts
 from kvserve_controller.source import Entry
 from kvserve_controller.status import stamp, status
 from kvserve_controller.versions import VersionClock

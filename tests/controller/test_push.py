@@ -9,17 +9,15 @@ from kvserve_api.policy import Policy
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.table import DecisionTable, Role, Version
 from kvserve_controller.compile import compile_table
+from kvserve_controller.counts import Counts
 from kvserve_controller.match import Pod
 from kvserve_controller.push import (
     ACK_TIMEOUT_S,
     RETRY_S,
     SILENT_S,
-    Counts,
-    Ending,
     Hub,
-    Outcome,
-    Session,
 )
+from kvserve_controller.session import Ending, Outcome, Session
 from samples import FINGERPRINT, pareto, policy_object
 
 CHAT = Policy.from_object(policy_object())
@@ -142,6 +140,19 @@ def test_silent_decoder_is_waited_for_once(bench: Bench) -> None:
     bench.answer(decoder)
     bench.hub.offer(KEY, table(3), "")
     assert bench.version(producer) is None
+
+
+def test_nobody_is_woken_in_vain(bench: Bench) -> None:
+    """A change that selects the same pods wakes nobody by itself, and the last Decode answer only the Prefill pods."""
+    producer, decoder = bench.connect("p", Role.PREFILL), bench.connect("d", Role.DECODE)
+    bench.hub.rematch({KEY: Policy.from_object(policy_object(quality={"maxLossBasisPoints": 7}))})
+    assert (producer.wake.is_set(), decoder.wake.is_set()) == (False, False)
+    bench.hub.offer(KEY, table(1), "")
+    assert (producer.wake.is_set(), decoder.wake.is_set()) == (False, True)
+    decoder.wake.clear()
+    assert bench.version(decoder) == 1
+    bench.answer(decoder)
+    assert (producer.wake.is_set(), decoder.wake.is_set()) == (True, False)
 
 
 def test_settled_when_all_have_answered_or_gone(bench: Bench) -> None:

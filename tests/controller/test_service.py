@@ -14,6 +14,7 @@ from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.control_pb2_grpc import ControlStub
 from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES, version_from_message
 from kvserve_api.table import Version
+from kvserve_controller import service
 from podclient import PodClient, transfer_report, until
 
 Served = Any
@@ -164,10 +165,10 @@ async def test_bad_hello_ends_the_stream(
 async def test_second_stream_of_a_pod_ends_the_first(served: Served) -> None:
     """A pod that reconnects before its old stream is noticed dead counts once."""
     served.apply()
-    async with (
-        PodClient(served.address, "d", "Decode") as first,
-        PodClient(served.address, "d", "Decode") as second,
-    ):
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(PodClient(served.address, "d", "Decode"))
+        await until(lambda: first.table)
+        second = await stack.enter_async_context(PodClient(served.address, "d", "Decode"))
         assert (await first.ended()).code() == grpc.StatusCode.ABORTED
         await until(lambda: second.table)
         assert served.controller.hub.counts("default/chat")["Decode"].connected == 1
@@ -291,3 +292,54 @@ async def test_heartbeats_arrive(served: Served) -> None:
         await until(lambda: len(decoder.heartbeats) >= 1, 3)
         assert decoder.heartbeats == [decoder.pushed[0][0]]
         assert version_from_message(pb.Version()) != decoder.heartbeats[0]
+
+
+class Deaf:
+    """The context of a stream whose pod says Hello and then takes nothing in: it stands for a full window."""
+
+    def __init__(self) -> None:
+        self.aborted: list[tuple[grpc.StatusCode, str]] = []
+        self._said = False
+
+    def invocation_metadata(self) -> tuple[()]:
+        """Return none."""
+        return ()
+
+    async def send_initial_metadata(self, _metadata: object) -> None:
+        """Send them."""
+
+    async def read(self) -> pb.PodMessage:
+        """Return the Hello, then nothing for ever."""
+        if self._said:
+            await asyncio.Event().wait()
+        self._said = True
+        hello = pb.Hello(pod="d", role="Decode", labels={"app": "chat-decode"})
+        return pb.PodMessage(hello=hello)
+
+    async def write(self, _message: object) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        """Take note."""
+        self.aborted.append((code, details))
+
+
+async def test_pod_that_takes_nothing_in_loses_its_stream(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that finds no way to its pod ends the stream after a while, and the pod is gone."""
+    monkeypatch.setattr(service, "SEND_TIMEOUT_S", 0.05)
+    served.apply()
+    hub, context = served.controller.hub, Deaf()
+    streams = service.ControlService(
+        hub,
+        on_hello=lambda _: None,
+        on_reports=lambda *_: None,
+        on_decisions=lambda *_: None,
+        on_refused=lambda _: None,
+    )
+    async with asyncio.timeout(5):
+        await streams.Connect(None, context)
+    assert context.aborted == [(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was read for 0.05 s")]
+    assert hub.sessions == {}

@@ -192,7 +192,7 @@ def test_operator(wheel: Path, tmp_path: Path) -> None:
 def test_controller(wheel: Path, tmp_path: Path) -> None:
     """The controller's image starts without torch and kopf, and knows the chart's arguments."""
     env = install(tmp_path, wheel, "controller")
-    assert env.importable(["grpc", "aiohttp"]) == ["grpc", "aiohttp"]
+    assert env.importable(["grpc", "aiohttp", "uvloop"]) == ["grpc", "aiohttp", "uvloop"]
     assert env.importable(["torch", "triton", "numba", "vllm", "kubernetes", "kopf"]) == []
     flags = ("--kubernetes", "--namespace", "--listen", "--health", "--prior-mbit")
     for text in (env.help("kvserve", "controller"), env.help("python", "-m", "kvserve_controller")):
