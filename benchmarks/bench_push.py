@@ -4,13 +4,14 @@ The controller is ``python -m kvserve_controller`` over two directories, in a pr
 more processes (`push_pods`), each pod with a connection and a stream of its own that reports a transfer a second.
 Measured are
 
+* *report*: the controller's processor time for each report, while nothing changes;
 * *change*: the policy file is changed, and each time: from the offer of the new table until the last pod's
-  acknowledgement, Decode pods before Prefill pods;
+  acknowledgement, Decode pods before Prefill pods; and the controller's processor time beyond that of the reports
+  meanwhile;
 * *stuck*: the same while a Decode pod answers nothing;
 * *reconnect*: all streams end at once; until all pods have acknowledged a table again;
 * *restart*: the controller is killed and started again; from its readiness until all pods have acknowledged a table
-of the
-  new one, and whether any pod was ever pushed a lower version than it held;
+  of the new one, and whether any pod was ever pushed a lower version than it held;
 * the controller's memory after all that, and its peak.
 
 It takes about two minutes (``QUICK=1``: one), writes ``build/bench/push.json`` and prints a table, or JSON with
@@ -53,6 +54,9 @@ PROCESSES: Final = 2
 BUDGETS_BP: Final = (100, 70, 10)
 """Each is another table."""
 MOST_WAIT_S: Final = 60.0
+SETTLE_S: Final = 2.0
+IDLE_S: Final = 6.0
+Version = tuple[int, int]
 TARGETS: Final = {
     "change_p99_s": 0.5,
     "stuck_p99_s": 0.5,
@@ -165,7 +169,7 @@ class Pods:
     """
 
     def __init__(self, address: str, count: int, *, reports: bool) -> None:
-        self.answered_s: dict[tuple[int, int], float] = {}
+        self.answered_s: dict[Version, float] = {}
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._processes: list[subprocess.Popen[bytes]] = []
         script = str(Path(__file__).with_name("push_pods.py"))
@@ -193,7 +197,7 @@ class Pods:
             process.stdin.write(f"{command}\n".encode())
             process.stdin.flush()
 
-    def all_hold(self, wanted: Callable[[tuple[int, int]], bool]) -> dict[str, Any]:
+    def all_hold(self, wanted: Callable[[Version], bool]) -> dict[str, Any]:
         """Wait until all pods have acknowledged one version; return when, and which.
 
         Args:
@@ -237,20 +241,30 @@ def measure(pods: int, rounds: int, *, reports: bool) -> dict[str, Any]:
         controller.start()
         fleet = Pods(controller.address, pods, reports=reports)
         try:
-            return _phases(controller, fleet, rounds) | {"streams": pods, "rounds": rounds}
+            return _phases(controller, fleet, rounds, pods if reports else 0) | {
+                "streams": pods,
+                "rounds": rounds,
+            }
         finally:
             fleet.close()
             controller.kill()
 
 
-def _phases(controller: Controller, fleet: Pods, rounds: int) -> dict[str, Any]:
+def _phases(controller: Controller, fleet: Pods, rounds: int, reports_per_s: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     held = fleet.all_hold(lambda _: True)["version"]
     _log("all pods hold a table")
 
-    began_cpu_s = controller.cpu_s()
-    versions = _change(controller, fleet, rounds, held)
-    result["change_cpu_s"] = (controller.cpu_s() - began_cpu_s) / rounds
+    # what connecting left to do must not count as reports
+    time.sleep(SETTLE_S)
+    idle_load = _load(controller, lambda: time.sleep(IDLE_S))[0]
+    if reports_per_s:
+        result["report_cpu_us"] = idle_load / reports_per_s * 1e6
+    versions: list[Version] = []
+    load, took_s = _load(
+        controller, lambda: versions.extend(_change(controller, fleet, rounds, held))
+    )
+    result["change_cpu_s"] = (load - idle_load) * took_s / rounds
     answered = controller.records("answered")
     # a table that was superseded before its last answer has no record
     seconds = [answered[_text(v)]["seconds"] for v in versions if _text(v) in answered]
@@ -283,9 +297,15 @@ def _phases(controller: Controller, fleet: Pods, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _change(
-    controller: Controller, fleet: Pods, rounds: int, held: tuple[int, int]
-) -> list[tuple[int, int]]:
+def _load(controller: Controller, work: Callable[[], object]) -> tuple[float, float]:
+    """Do some work; return how many processors the controller kept busy meanwhile, and the seconds it took."""
+    began_cpu_s, began_s = controller.cpu_s(), time.monotonic()
+    work()
+    took_s = time.monotonic() - began_s
+    return (controller.cpu_s() - began_cpu_s) / took_s, took_s
+
+
+def _change(controller: Controller, fleet: Pods, rounds: int, held: Version) -> list[Version]:
     """Change the policy again and again; return the versions that this led to."""
     versions = []
     for number in range(rounds):
@@ -302,7 +322,7 @@ def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
     return {f"{name}_p{percent}_s": float(np.percentile(seconds, percent)) for percent in (50, 99)}
 
 
-def _text(version: tuple[int, int]) -> str:
+def _text(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
@@ -339,7 +359,7 @@ def main() -> int:
     options = parser.parse_args()
     quick = os.environ.get("QUICK", "") not in ("", "0")
     rounds = 15 if quick else 60
-    _log(f"{options.streams} streams, {rounds} changes: about {40 + 1.5 * rounds:.0f} s")
+    _log(f"{options.streams} streams, {rounds} changes: about {45 + 1.0 * rounds:.0f} s")
     # each stream is a connection of its own
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     try:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
+import uvloop
 
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.control_pb2_grpc import ControlStub
@@ -25,6 +26,8 @@ from kvserve_api.rpc.control_pb2_grpc import ControlStub
 OPTIONS: Final = (
     # otherwise all channels of a process would share one connection
     ("grpc.use_local_subchannel_pool", 1),
+    # as the connector has it
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -170,11 +173,13 @@ class Fleet:
     Attributes:
         settings: What they have in common.
         pods: They.
+        stuck: How many of them answer nothing any more.
         closed: They are to end.
     """
 
     def __init__(self, settings: Settings, names: list[tuple[str, str]]) -> None:
         self.settings = settings
+        self.stuck = 0
         self.closed = False
         self.pods = [Pod(self, name, role) for name, role in names]
         self._acked: dict[Version, dict[Pod, float]] = {}
@@ -183,8 +188,7 @@ class Fleet:
         """Take note of an answer; when all pods have given it, say so."""
         answers = self._acked.setdefault(version, {})
         answers[pod] = time.time()
-        expected = sum(not pod.stuck for pod in self.pods)
-        if len(answers) == expected:
+        if len(answers) == len(self.pods) - self.stuck:
             _say(
                 event="all",
                 version=version,
@@ -210,6 +214,7 @@ class Fleet:
                         pod.drop()
                 case "stick":
                     next(pod for pod in self.pods if pod.decodes).stuck = True
+                    self.stuck += 1
         self.closed = True
         for task in tasks:
             task.cancel()
@@ -237,7 +242,7 @@ def main() -> None:
     ]
     # a thousand pods share this process; each has its own collector in truth
     gc.freeze()
-    asyncio.run(Fleet(settings, names).run())
+    uvloop.run(Fleet(settings, names).run())
 
 
 if __name__ == "__main__":
