@@ -12,7 +12,8 @@ from kvserve_strategies.blob import (
     max_blob_nbytes,
     peek_header,
 )
-from kvserve_strategies.pipeline import Pipeline, Place, config_needs_bundle
+from kvserve_strategies.piece import Place
+from kvserve_strategies.pipeline import Pipeline, config_needs_bundle
 from kvserve_strategies.presets import PRESETS, preset
 
 __all__ = [

@@ -19,7 +19,9 @@ from kvserve_api.wire import (
 )
 from kvserve_kernels.checksum import checksum
 from kvserve_strategies.bundle import Bundle
-from kvserve_strategies.pipeline import Pipeline, Place, own_bytes, payload_nbytes, write_payload
+from kvserve_strategies.payload import own_bytes, payload_nbytes, write_payload
+from kvserve_strategies.piece import Place
+from kvserve_strategies.pipeline import Pipeline
 from kvserve_strategies.values import dtype_name
 
 _DTYPES: Final = {

@@ -1,52 +1,35 @@
-"""A strategy made ready to run: keys and values to payload bytes and back.
-
-A payload is the length of each section (u64) and then the sections, each followed by zeros to a multiple of 8. They are
-in the order of the rectangles that the parts of the strategy cut the piece into (see `kvserve_strategies.split`), and
-for each in the order of its chain.
-"""
+"""A strategy made ready to run: keys and values to payload bytes (`kvserve_strategies.payload`) and back."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Self
+from typing import Final
 
 import numpy as np
 import torch
 
-from kvserve_api.errors import StrategyError, WireError, WireReason
+from kvserve_api.errors import StrategyError
 from kvserve_api.strategy import Kind, StrategyConfig
 from kvserve_api.wire import Buffer
 from kvserve_kernels.checksum import checksum
-from kvserve_kernels.linear import Cells
 from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.chain import Chain
-from kvserve_strategies.split import Extent, Rectangle, cut
-from kvserve_strategies.stage import Array, Bytes, Form, Spec, Where
+from kvserve_strategies.payload import (
+    own_bytes,
+    payload_bound,
+    payload_nbytes,
+    read_payload,
+    write_payload,
+)
+from kvserve_strategies.piece import Piece, Place
+from kvserve_strategies.split import Extent, cut
+from kvserve_strategies.stage import Array, Form, Spec
 from kvserve_strategies.values import dtype_name, to_array, to_tensor
 
 Shape = tuple[int, int, int, int]
 _CACHED: Final = 64
 _PLANS: Final = 32
 _MAX_COUNT: Final = 1 << 40
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where in the cache of a request a piece lies.
-
-    Attributes:
-        first_layer: The piece's first layer.
-        model_layers: Layers of the model; 0 if the piece ends with the last.
-        first_token: Position of its first token in the request.
-        tokens_after: Tokens of the request that follow it; a hint for encoders, decoders do not need it.
-    """
-
-    first_layer: int = 0
-    model_layers: int = 0
-    first_token: int = 0
-    tokens_after: int = 0
 
 
 class Pipeline:
@@ -165,7 +148,7 @@ class Pipeline:
         """
         spec = _spec(shape, dtype)
         pieces = self._pieces(spec, at or Place())
-        sections = self._read_payload(own_bytes(buffer), pieces)
+        sections = read_payload(own_bytes(buffer), [piece.bounds for piece in pieces])
         halves: dict[Kind, Array] = {}
         for piece, part in zip(pieces, sections, strict=True):
             if piece.is_apart:
@@ -199,8 +182,7 @@ class Pipeline:
     ) -> int:
         """Return the most bytes a payload can have; exactly its size if ``fixed_size``."""
         pieces = self._pieces(_spec((layers, tokens, kv_heads, head_dim), dtype), at or Place())
-        bounds = [bound for piece in pieces for bound in piece.bounds]
-        return 8 * len(bounds) + sum(_padded(bound) for bound in bounds)
+        return payload_bound([bound for piece in pieces for bound in piece.bounds])
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile and fold all that coding a dtype needs, so that the first transfer does not wait for it."""
@@ -235,7 +217,7 @@ class Pipeline:
             for section in piece.chain.encode(piece.take(halves), piece.specs)
         ]
 
-    def _cut(self, spec: Spec, at: Place) -> tuple["_Piece", ...]:
+    def _cut(self, spec: Spec, at: Place) -> tuple[Piece, ...]:
         """Return what each chain codes, in the order of the payload."""
         model_layers = at.model_layers or at.first_layer + spec.layers
         layers = range(at.first_layer, at.first_layer + spec.layers)
@@ -246,116 +228,9 @@ class Pipeline:
             layers=layers, model_layers=model_layers, heads=spec.kv_heads, tokens=tokens
         )
         return tuple(
-            _Piece.of(self._chains[cells.part], cells, spec, at, self.bundle)
+            Piece.of(self._chains[cells.part], cells, spec, at, self.bundle)
             for cells in cut(self.config.parts, extent)
         )
-
-    def _read_payload(self, data: Bytes, pieces: Sequence["_Piece"]) -> list[list[Bytes]]:
-        """Return the sections of each piece."""
-        count = sum(len(piece.bounds) for piece in pieces)
-        if data.size < 8 * count:
-            raise WireError(WireReason.MALFORMED, f"{data.size} bytes can't hold {count} lengths")
-        lengths = iter(data[: 8 * count].view(np.uint64).tolist())
-        at = 8 * count
-        sections: list[list[Bytes]] = []
-        for piece in pieces:
-            sections.append([])
-            for bound in piece.bounds:
-                size = next(lengths)
-                end = at + _padded(size)
-                if size > bound or end > data.size:
-                    raise WireError(
-                        WireReason.MALFORMED,
-                        f"a section of {size} bytes at {at}; most is {bound}, end is {data.size}",
-                    )
-                sections[-1].append(data[at : at + size])
-                if size % 8 and data[at + size : end].any():
-                    raise WireError(WireReason.MALFORMED, "padding is not zero")
-                at = end
-        if at != data.size:
-            raise WireError(WireReason.MALFORMED, f"{data.size - at} bytes too many")
-        return sections
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A rectangle of cells with the chain that codes it.
-
-    Attributes:
-        chain: The chain.
-        cells: Which cells.
-        specs: What each stage takes; the first of the kinds one after the other.
-        bounds: The most bytes of each section.
-        index: Its layers, tokens and heads in the arrays of the whole; slices where they are neighbours.
-    """
-
-    chain: Chain
-    cells: Rectangle
-    specs: tuple[Spec, ...]
-    bounds: tuple[int, ...]
-    index: tuple[Any, Any, Any]
-
-    @property
-    def is_apart(self) -> bool:
-        """Keys and values are coded where they are, without a copy in one array."""
-        layers, _, heads = self.index
-        return self.chain.takes_halves and isinstance(layers, slice) and isinstance(heads, slice)
-
-    @classmethod
-    def of(
-        cls, chain: Chain, cells: Rectangle, whole: Spec, at: Place, bundle: Bundle | None
-    ) -> Self:
-        layers = [layer - at.first_layer for layer in cells.layers]
-        tokens = slice(cells.tokens.start - at.first_token, cells.tokens.stop - at.first_token)
-        spec = replace(
-            whole,
-            layers=len(cells.kinds) * len(layers),
-            tokens=len(cells.tokens),
-            kv_heads=len(cells.heads),
-            where=Where(
-                kinds=cells.kinds,
-                layers=cells.layers,
-                heads=cells.heads,
-                first_token=cells.tokens.start,
-                tokens_after=at.first_token + whole.tokens - cells.tokens.stop + at.tokens_after,
-            ),
-            bundle=bundle if chain.calibrated else None,
-        )
-        specs = tuple(chain.specs(spec))
-        index = (_neighbours(layers), tokens, _neighbours(cells.heads))
-        return cls(chain, cells, specs, tuple(chain.section_bounds(specs)), index)
-
-    def take(self, halves: Mapping[Kind, Array]) -> Cells:
-        """Return the cells as the chain takes them, keys before values."""
-        if self.is_apart:
-            return self.views(halves)
-        parts = [self._view(halves[kind]) for kind in self.cells.kinds]
-        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
-
-    def views(self, halves: Mapping[Kind, Array]) -> Cells:
-        """Return the cells where they are, if they are apart."""
-        first, *more = (self._view(halves[kind]) for kind in self.cells.kinds)
-        return (first, more[0]) if more else first
-
-    def put(self, target: Array, part: Array) -> None:
-        """Write the cells of one kind."""
-        layers, tokens, heads = self.index
-        if isinstance(layers, slice) or isinstance(heads, slice):
-            target[layers, tokens, heads] = part
-        else:
-            target[np.ix_(layers, range(tokens.start, tokens.stop), heads)] = part
-
-    def _view(self, half: Array) -> Array:
-        layers, tokens, heads = self.index
-        # two lists of indices would be taken pair by pair
-        view: Array = half[layers][:, tokens][:, :, heads]
-        return view
-
-
-def _neighbours(indices: Sequence[int]) -> Any:
-    """Return a slice if indices follow each other, which makes a view, else a list."""
-    first, last = indices[0], indices[-1]
-    return slice(first, last + 1) if last - first + 1 == len(indices) else list(indices)
 
 
 @lru_cache(maxsize=_CACHED)
@@ -366,33 +241,6 @@ def _build(canonical: bytes, bundle: Bundle | None) -> Pipeline:
 def config_needs_bundle(config: StrategyConfig) -> bool:
     """Return whether a strategy works only with the calibration bundle of its model."""
     return Pipeline.of(config).calibrated
-
-
-def payload_nbytes(sections: Sequence[tuple[Array, ...]]) -> int:
-    """Return the bytes that sections take as a payload."""
-    return 8 * len(sections) + sum(_padded(_nbytes(section)) for section in sections)
-
-
-def write_payload(sections: Sequence[tuple[Array, ...]], out: Bytes) -> None:
-    """Write sections as a payload into ``[payload_nbytes(sections)]`` bytes."""
-    lengths = np.array([_nbytes(section) for section in sections], np.uint64)
-    at = lengths.nbytes
-    out[:at] = lengths.view(np.uint8)
-    for section in sections:
-        for piece in section:
-            out[at : at + piece.nbytes] = piece.reshape(-1).view(np.uint8)
-            at += piece.nbytes
-        gap = -_nbytes(section) % 8
-        out[at : at + gap] = 0
-        at += gap
-
-
-def _nbytes(section: tuple[Array, ...]) -> int:
-    return sum(piece.nbytes for piece in section)
-
-
-def _padded(size: int) -> int:
-    return -(-size // 8) * 8
 
 
 def _spec(shape: Shape, dtype: torch.dtype) -> Spec:
@@ -408,12 +256,3 @@ def _spec(shape: Shape, dtype: torch.dtype) -> Spec:
     if spec.count > _MAX_COUNT:
         raise StrategyError("shape", f"{shape} has more than {_MAX_COUNT} values")
     return spec
-
-
-def own_bytes(buffer: Buffer) -> Bytes:
-    """Return the bytes as a writable array that starts at a multiple of 8, copied only if they do not.
-
-    Writable, because a kernel is compiled once more for read-only memory, and that would be in the midst of serving.
-    """
-    data = np.frombuffer(buffer, np.uint8)
-    return data if data.flags.writeable and data.ctypes.data % 8 == 0 else data.copy()
