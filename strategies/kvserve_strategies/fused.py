@@ -8,6 +8,7 @@ from kvserve_strategies.ladder import decode_levels, encode_levels, stream_group
 from kvserve_strategies.projection import Projection
 from kvserve_strategies.stage import Array, Bytes, Spec
 from kvserve_strategies.stages.ladder import Ladder
+from kvserve_strategies.turns import rope_turns
 
 
 def encode(folded: Projection, native: Cells, spec: Spec) -> tuple[Array, ...]:
@@ -24,7 +25,7 @@ def encode(folded: Projection, native: Cells, spec: Spec) -> tuple[Array, ...]:
     """
     matrices = folded.matrices(spec)
     plan = matrices.plan(folded.quantiser)
-    turns = projection.turns(matrices, projection.positions(spec), undo=True)
+    turns = rope_turns(matrices.ropes, projection.positions(spec), undo=True)
     if fused.available():
         # how streams are cut depends on how many channels are not all zero; a wrong guess costs time
         groups = stream_groups(_likely_live(plan.components, folded.quantiser.step), spec.tokens)
@@ -46,7 +47,7 @@ def decode(folded: Projection, section: Bytes, spec: Spec, out: Cells) -> None:
         levels = decode_levels(section, plan.components, spec.tokens)
         folded.decode(levels, spec, out)
         return
-    turns = projection.turns(matrices, projection.positions(spec), undo=False)
+    turns = rope_turns(matrices.ropes, projection.positions(spec), undo=False)
     if not fused.decode(section, plan, *turns, out):
         raise WireError(WireReason.MALFORMED, f"{Ladder.id}: not what an encoder writes")
 

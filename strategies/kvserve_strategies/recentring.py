@@ -18,9 +18,11 @@ from kvserve_kernels.mean import Turning, combine, token_means
 from kvserve_strategies import projection
 from kvserve_strategies.bundle import Rope
 from kvserve_strategies.ladder import decode_levels, encode_levels
-from kvserve_strategies.projection import Matrices, Projection
+from kvserve_strategies.matrices import Matrices
+from kvserve_strategies.projection import Projection
 from kvserve_strategies.stage import Array, Bytes, Spec
 from kvserve_strategies.stages.recentre import ROW, Recentre, rows_of
+from kvserve_strategies.turns import rope_turns
 
 _LARGEST: Final = 2.0**80
 _ENOUGH: Final = 256
@@ -47,7 +49,7 @@ def encode(
     matrices = folded.matrices(spec)
     means = _means(matrices, native, spec)
     count = len(matrices.ropes)
-    cos, sin, interleaved = projection.turns(matrices, range(1), undo=True)
+    cos, sin, interleaved = rope_turns(matrices.ropes, range(1), undo=True)
     still = np.ones((count, 1, cos.shape[2]), np.float32), np.zeros_like(sin)
     levels = linear.forward(means, matrices.means_plan(stage.step), *still, interleaved)
     if levels is None:
@@ -94,7 +96,7 @@ def _turnings(
     ropes: tuple[Rope, ...], at: range, stride: int, heads: int, dim: int
 ) -> tuple[Turning, ...]:
     """Return how keys turn by each rotation, for every so many positions; the same for all layers of a piece."""
-    cos, sin, interleaved = projection.rope_turns(ropes, at, undo=True)
+    cos, sin, interleaved = rope_turns(ropes, at, undo=True)
     return tuple(
         Turning.of(*each, interleaved, heads, dim)
         for each in zip(cos[:, ::stride], sin[:, ::stride], strict=True)

@@ -25,10 +25,12 @@ from kvserve_kernels.linear import Cells, Plan
 from kvserve_strategies import projection
 from kvserve_strategies.entropy import decode_integers, encode_integers
 from kvserve_strategies.ladder import coded_nbytes, decode_levels, encode_levels
-from kvserve_strategies.projection import Matrices, Projection
+from kvserve_strategies.matrices import Matrices
+from kvserve_strategies.projection import Projection
 from kvserve_strategies.stage import Array, Bytes, Spec
 from kvserve_strategies.stages.importance import Importance, most_blocks
 from kvserve_strategies.stages.pca import Block
+from kvserve_strategies.turns import rope_turns
 
 LEAST: Final = -6
 MOST: Final = 10
@@ -77,7 +79,7 @@ def encode(folded: Projection, native: Cells, spec: Spec) -> Encoded:
         runs = _runs(folded, matrices, block, classes[block])
         coded = None
         if fused.available():
-            turns = projection.turns(matrices, projection.positions(spec), undo=True)
+            turns = rope_turns(matrices.ropes, projection.positions(spec), undo=True)
             coded = fused.encode_runs(native, runs.plans, runs.order, runs.starts, *turns)
         body, length = coded or _encode_runs(matrices, block, native, runs, spec)
         bodies.append(body)
@@ -102,7 +104,7 @@ def decode(folded: Projection, classes: Bytes, bodies: Bytes, spec: Spec, out: C
     if bodies.size < 8 * count:
         raise _malformed(f"{bodies.size} bytes can't hold {count} lengths")
     announced = iter(bodies[: 8 * count].view(np.uint64).tolist())
-    turns = projection.turns(matrices, projection.positions(spec), undo=False)
+    turns = rope_turns(matrices.ropes, projection.positions(spec), undo=False)
     at = 8 * count
     for block, runs in enumerate(blocks):
         start, lengths = at, []

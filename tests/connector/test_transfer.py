@@ -21,7 +21,7 @@ from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
 from kvserve_strategies.bundle import Bundle
-from kvserve_strategies.projection import _matrices
+from kvserve_strategies.matrices import matrices_of
 from random_bundles import joint_strategy, write_sample
 from tables import candidate, table
 
@@ -133,7 +133,7 @@ def test_nothing_is_made_ready_in_a_transfer(bundle: Bundle) -> None:
     ways = {7, ahead_layers(FORM, 7)}
     assert len(ways) == 2
     coder.warm_up(pipeline, ways)
-    built = _matrices.cache_info().misses
+    built = matrices_of.cache_info().misses
     step = pipeline.layer_step
     for chunk in (
         *plan_form(FORM, range(64), 7, layer_multiple=step),
@@ -142,7 +142,7 @@ def test_nothing_is_made_ready_in_a_transfer(bundle: Bundle) -> None:
         shape = (len(chunk.layers), 64, LAYOUT.kv_heads, LAYOUT.head_dim)
         keys = torch.zeros(shape, dtype=getattr(torch, LAYOUT.dtype))
         coder.decode(bytearray(coder.encode(pipeline, chunk, keys, keys)), chunk)
-    assert _matrices.cache_info().misses == built
+    assert matrices_of.cache_info().misses == built
 
 
 def test_consumer_without_the_bundle_gets_raw(bundle: Bundle) -> None:
