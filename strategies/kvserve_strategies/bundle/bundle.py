@@ -13,13 +13,8 @@ from kvserve_api.errors import ArtifactError
 from kvserve_api.wire import KVLayout
 from kvserve_strategies.bundle.basis import Basis, BasisKey, Group
 from kvserve_strategies.bundle.contents import SIDES, Metric
-from kvserve_strategies.bundle.manifest import (
-    CORE,
-    MANIFEST,
-    MAX_MANIFEST_NBYTES,
-    Manifest,
-    basis_file,
-)
+from kvserve_strategies.bundle.files import CORE, basis_file
+from kvserve_strategies.bundle.manifest import MANIFEST, MAX_MANIFEST_NBYTES, Manifest
 from kvserve_strategies.bundle.rope import Rope
 from kvserve_strategies.bundle.tensors import Form, sha256, unpack
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from kvserve_api.errors import ArtifactError
-from kvserve_strategies.bundle.manifest import FileEntry
+from kvserve_strategies.bundle.files import FileEntry
 
 _PART: Final = ".part-"
 _STALE_S: Final = 3600.0

@@ -6,56 +6,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-import numpy as np
-
 from kvserve_api.canonical import canonical_json, digest_bytes
 from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.fields import Fields
 from kvserve_api.wire import KVLayout
 from kvserve_strategies.bundle.basis import CENTRED, BasisKey, is_space
-from kvserve_strategies.bundle.contents import SIDES
+from kvserve_strategies.bundle.files import (
+    CORE,
+    BasisEntry,
+    FileEntry,
+    basis_file,
+    basis_forms,
+    core_forms,
+)
 from kvserve_strategies.bundle.rope import Rope
 from kvserve_strategies.bundle.tensors import Form, max_nbytes, sha256
 
 SCHEMA: Final = "kvserve.io/bundle/v1"
 MANIFEST: Final = "manifest.json"
-CORE: Final = "core.safetensors"
 MAX_MANIFEST_NBYTES: Final = 4 * 1024 * 1024
 MAX_BUNDLE_NBYTES: Final = 64 * 1024**3
 """A larger bundle is refused before anything of it is fetched."""
 MAX_BASES: Final = 256
 MAX_METRICS: Final = 16
-MAX_FEATURES: Final = 65_536
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file of a bundle.
-
-    Attributes:
-        sha256: 64 hex digits.
-        nbytes: Its size.
-    """
-
-    sha256: str
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class BasisEntry:
-    """A basis as the manifest tells of it, without loading it.
-
-    Attributes:
-        scale: See `Basis.scale`.
-        components: Rows of each group.
-        features: Weights of each group's importance; 0 for none.
-    """
-
-    scale: float
-    components: tuple[int, ...]
-    features: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,36 +198,6 @@ class Manifest:
             raise ArtifactError("files", f"have {self.nbytes} bytes, at most {MAX_BUNDLE_NBYTES}")
 
 
-def basis_file(key: BasisKey) -> str:
-    """Return the name of a basis's file."""
-    return f"basis-{key}.safetensors"
-
-
-def core_forms(layout: KVLayout, metrics: Iterable[str]) -> dict[str, Form]:
-    """Return what ``core.safetensors`` must hold."""
-    single = np.dtype(np.float32)
-    channels = (layout.layers, layout.kv_heads, layout.head_dim)
-    forms = {}
-    for side in SIDES:
-        forms[f"mean.{side}"] = forms[f"deviation.{side}"] = Form(single, channels)
-        for name in metrics:
-            square = Form(single, (*channels, layout.head_dim))
-            forms[f"metric.{name}.{side}"] = forms[f"inverse.{name}.{side}"] = square
-    return forms
-
-
-def basis_forms(key: BasisKey, layout: KVLayout, entry: BasisEntry) -> dict[str, Form]:
-    """Return what a basis's file must hold."""
-    half, single = np.dtype(np.float16), np.dtype(np.float32)
-    forms = {}
-    for index, (block, count) in enumerate(zip(key.blocks(layout), entry.components, strict=True)):
-        forms[f"rows.{index}"] = Form(half, (count, key.width(block, layout)))
-        forms[f"sigma.{index}"] = Form(single, (count,))
-        if entry.features:
-            forms[f"importance.{index}"] = Form(single, (entry.features,))
-    return forms
-
-
 def _layout(fields: Fields) -> KVLayout:
     try:
         layout = KVLayout(
@@ -297,39 +241,12 @@ def _bases(fields: Fields, layout: KVLayout, metrics: Iterable[str]) -> dict[Bas
         key = BasisKey.parse(name)
         if key.space != CENTRED and key.space not in metrics:
             raise fields.fail(name, f"is in the space of a metric not here: {key.space}")
-        bases[key] = _basis(fields.child(name), key, layout)
+        bases[key] = BasisEntry.read(fields.child(name), key, layout)
     return bases
-
-
-def _basis(fields: Fields, key: BasisKey, layout: KVLayout) -> BasisEntry:
-    # a document of some bytes may speak of billions of blocks: they are counted before they are made
-    blocks = key.count(layout)
-    components = fields.items("components", max_items=blocks)
-    if len(components) != blocks:
-        raise fields.fail("components", f"must have {blocks} items, has {len(components)}")
-    for block, count in zip(key.blocks(layout), components, strict=True):
-        width = key.width(block, layout)
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= width:
-            raise fields.fail("components", f"must be 1 to the width {width}, got {count!r:.80}")
-    entry = BasisEntry(
-        fields.number("scale", minimum=0),
-        tuple(components),
-        fields.integer("features", minimum=0, maximum=MAX_FEATURES),
-    )
-    fields.done()
-    return entry
 
 
 def _files(fields: Fields) -> dict[str, FileEntry]:
     names = fields.mapping_of()
     if len(names) > MAX_BASES + 1:
         raise ArtifactError("files", f"must be at most {MAX_BASES + 1}, are {len(names)}")
-    files = {}
-    for name in names:
-        child = fields.child(name)
-        entry = FileEntry(child.string("sha256", max_length=64), child.integer("nbytes", minimum=1))
-        if not _SHA256.fullmatch(entry.sha256):
-            raise child.fail("sha256", "must be 64 hex digits")
-        child.done()
-        files[name] = entry
-    return files
+    return {name: FileEntry.read(fields.child(name)) for name in names}

@@ -10,16 +10,15 @@ from kvserve_api.errors import ArtifactError
 from kvserve_strategies.bundle.basis import named
 from kvserve_strategies.bundle.cache import CacheFolder
 from kvserve_strategies.bundle.contents import Contents
-from kvserve_strategies.bundle.manifest import (
+from kvserve_strategies.bundle.files import (
     CORE,
-    MANIFEST,
     BasisEntry,
     FileEntry,
-    Manifest,
     basis_file,
     basis_forms,
     core_forms,
 )
+from kvserve_strategies.bundle.manifest import MANIFEST, Manifest
 from kvserve_strategies.bundle.tensors import pack, sha256
 
 
