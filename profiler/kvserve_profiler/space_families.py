@@ -14,7 +14,7 @@ from kvserve_profiler.space_plain import both, plain_families
 from kvserve_profiler.space_point import Parameter, ParameterKind, Point
 from kvserve_strategies.bundle import BasisKey, Bundle
 from kvserve_strategies.bundle.basis import CENTRED
-from kvserve_strategies.calibration.recipe import DEFAULT_KEYS, FISHER
+from kvserve_strategies.calibration.settings import DEFAULT_KEYS, FISHER
 from kvserve_strategies.peers import part
 from kvserve_strategies.stages import (
     Grid,

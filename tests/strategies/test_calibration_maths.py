@@ -9,12 +9,13 @@ import torch
 from kvserve_api.errors import SpecError
 from kvserve_api.wire import KVLayout
 from kvserve_strategies.bundle import BasisKey, Block, Contents, Rope
-from kvserve_strategies.calibration import bases, importance, metrics, recipe, statistics
+from kvserve_strategies.calibration import bases, importance, metrics, statistics
 from kvserve_strategies.calibration.fisher import Information, gradients, token_costs
 from kvserve_strategies.calibration.models import TransformersModel
 from kvserve_strategies.calibration.protocol import Prefill
-from kvserve_strategies.calibration.recipe import Settings, calibrate
+from kvserve_strategies.calibration.recipe import calibrate
 from kvserve_strategies.calibration.ropes import turn
+from kvserve_strategies.calibration.settings import DEFAULT_KEYS, Settings
 from tiny_models import config, save_model
 
 LAYERS, HEADS, DIM = 3, 2, 6
@@ -390,7 +391,7 @@ def test_calibration_is_repeatable(model: TransformersModel, random: torch.Gener
 
 def test_settings_fit_models_with_few_positions() -> None:
     """Windows are no longer than a model can read, and are shared out alike."""
-    settings = Settings.fitting(512, keys=recipe.DEFAULT_KEYS)
+    settings = Settings.fitting(512, keys=DEFAULT_KEYS)
     assert settings.window_tokens == 512
     assert settings.continuation_tokens == 102
     assert Settings.fitting(None, keys=()).window_tokens == 1280

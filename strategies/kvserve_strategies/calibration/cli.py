@@ -13,8 +13,8 @@ from kvserve_api.errors import KVServeError, SpecError, UnsupportedError
 from kvserve_api.names import ExitCode
 
 if TYPE_CHECKING:
-    from kvserve_strategies.calibration.recipe import Report
     from kvserve_strategies.calibration.run import Outcome
+    from kvserve_strategies.calibration.windows import Report
 
 for _package in ("torch", "transformers", "safetensors", "obstore"):
     # the command line tells from this which extra is missing, without importing what takes seconds
@@ -94,8 +94,8 @@ def calibrate(
     import torch
 
     from kvserve_strategies.artifacts import open_store
-    from kvserve_strategies.calibration.recipe import DEFAULT_KEYS
     from kvserve_strategies.calibration.run import Order, calibrate_model, parse_widths, read_texts
+    from kvserve_strategies.calibration.settings import DEFAULT_KEYS
 
     place = str(out)
     try:

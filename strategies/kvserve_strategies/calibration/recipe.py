@@ -4,9 +4,8 @@ Each window is read twice: its prefix gives a KV cache, whose moments are added 
 of what errors in that cache cost. Of every window some tokens are kept, to learn which tokens matter.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, Self, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -23,150 +22,20 @@ from kvserve_strategies.calibration.bases import (
     scaled,
     shrunk_to_layers,
 )
-from kvserve_strategies.calibration.fisher import Information, gradients, token_costs
+from kvserve_strategies.calibration.fisher import token_costs
 from kvserve_strategies.calibration.importance import COMPONENTS, features, fitted
-from kvserve_strategies.calibration.metrics import (
-    query_metric,
-    query_moments,
-    roots,
-    sensitivities,
-    shrunk,
+from kvserve_strategies.calibration.metrics import query_metric, roots, sensitivities, shrunk
+from kvserve_strategies.calibration.settings import FISHER, QUERY, Settings
+from kvserve_strategies.calibration.statistics import SIDES, columns
+from kvserve_strategies.calibration.windows import (
+    Kept,
+    NamedModel,
+    Report,
+    Statistics,
+    read_windows,
 )
-from kvserve_strategies.calibration.protocol import CalibrationModel
-from kvserve_strategies.calibration.statistics import SIDES, Moments, columns, pair
 
 RECIPE: Final = "kvserve.io/recipe/v1"
-QUERY: Final = "query"
-FISHER: Final = "fisher"
-DEFAULT_KEYS: Final = (
-    BasisKey(FISHER, "kv", 1, 1),
-    BasisKey(FISHER, "kv", 1, 0),
-    BasisKey(FISHER, "kv", 3, 0),
-    BasisKey(FISHER, "kv", 10, 0),
-    BasisKey(CENTRED, "k", 3, 0),
-    BasisKey(CENTRED, "v", 3, 0),
-)
-Report: TypeAlias = Callable[[str, int, int], None]
-_PREFIX_TOKENS: Final = 1024
-_CONTINUATION_TOKENS: Final = 256
-_HELD_OUT: Final = 6
-"""Every so many windows one is left out of the covariances, to see how large components are in other texts."""
-
-
-class NamedModel(CalibrationModel, Protocol):
-    """A model that knows what its cache is called."""
-
-    @property
-    def layout(self) -> KVLayout:
-        """The form of its KV cache."""
-
-    @property
-    def fingerprint(self) -> str:
-        """See `kvserve_api.wire.model_fingerprint`."""
-
-    def rope_of(self, layer: int) -> Rope | None:
-        """Return how the layer's keys rotate; None if they do not."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How to calibrate.
-
-    Attributes:
-        keys: The bases to make.
-        seed: Of everything random.
-        prefix_tokens: Tokens of a window whose cache is looked at.
-        continuation_tokens: Tokens after them, whose prediction errors in the cache spoil.
-        sinks: First tokens of a text that are left out: attention rests on them, their keys and values are like no
-            other's, and strategies keep them apart.
-        samples: Continuations drawn of each window.
-        kept: Tokens kept of each window to learn which tokens matter.
-        recent: Last tokens that are among those kept.
-        shrinkage: Share of the identity that is mixed into the Fisher metric.
-    """
-
-    keys: tuple[BasisKey, ...] = DEFAULT_KEYS
-    seed: int = 0
-    prefix_tokens: int = _PREFIX_TOKENS
-    continuation_tokens: int = _CONTINUATION_TOKENS
-    sinks: int = 4
-    samples: int = 2
-    kept: int = 256
-    recent: int = 32
-    shrinkage: float = 0.02
-
-    @classmethod
-    def fitting(
-        cls, max_positions: int | None, *, keys: tuple[BasisKey, ...], seed: int = 0
-    ) -> Self:
-        """Return the defaults, with windows that a model of so many positions can read."""
-        whole = _PREFIX_TOKENS + _CONTINUATION_TOKENS
-        limit = min(max_positions or whole, whole)
-        continuation = limit * _CONTINUATION_TOKENS // whole
-        return cls(
-            keys=keys,
-            seed=seed,
-            prefix_tokens=limit - continuation,
-            continuation_tokens=continuation,
-        )
-
-    def __post_init__(self) -> None:
-        for name, minimum in (("samples", 1), ("continuation_tokens", 1), ("recent", 1)):
-            if getattr(self, name) < minimum:
-                raise SpecError(name, f"must be at least {minimum}, got {getattr(self, name)}")
-        if self.prefix_tokens <= self.sinks + 1:
-            raise SpecError("prefix_tokens", f"must be more than {self.sinks + 1}")
-        for key in self.keys:
-            if key.space not in (CENTRED, QUERY, FISHER):
-                raise SpecError("keys", f"no metric is named {key.space!r}")
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens of a window."""
-        return self.prefix_tokens + self.continuation_tokens
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as an object."""
-        return {
-            "keys": [str(key) for key in self.keys],
-            "prefix_tokens": self.prefix_tokens,
-            "continuation_tokens": self.continuation_tokens,
-            "sinks": self.sinks,
-            "samples": self.samples,
-            "kept": self.kept,
-            "recent": self.recent,
-            "shrinkage": self.shrinkage,
-        }
-
-
-class Kept(NamedTuple):
-    """Tokens of one window.
-
-    Attributes:
-        held_out: Whether the window is in no covariance.
-        values: ``[2, layers, tokens, kv_heads, head_dim]`` in the cache's dtype, keys before rotation.
-        gradients: For each sample the same shape, bfloat16.
-        ages: ``[tokens]`` from the end of the prefix.
-        weights: ``[tokens]``, how many tokens each stands for.
-    """
-
-    held_out: bool
-    values: torch.Tensor
-    gradients: tuple[torch.Tensor, ...]
-    ages: torch.Tensor
-    weights: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Statistics:
-    """What was learnt of all windows."""
-
-    moments: Moments
-    information: Information
-    queries: torch.Tensor
-    kept: list[Kept]
-
-
 Roots: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -193,7 +62,7 @@ def calibrate(
     if not windows:
         raise SpecError("windows", "must be at least one")
     ropes = tuple(model.rope_of(layer) for layer in range(model.layers))
-    found = _read(model, ropes, windows, settings, report)
+    found = read_windows(model, ropes, windows, settings, report)
     metrics = _metrics(found, ropes, settings)
     metric_roots = {name: roots(metric) for name, metric in metrics.items()}
     bases = {
@@ -215,59 +84,6 @@ def calibrate(
         },
         bases=bases,
     )
-
-
-def _read(
-    model: NamedModel,
-    ropes: tuple[Rope | None, ...],
-    windows: Sequence[Sequence[int]],
-    settings: Settings,
-    report: Report,
-) -> Statistics:
-    """Read all windows."""
-    layers, heads, dim = model.layers, model.kv_heads, model.head_dim
-    generator = torch.Generator().manual_seed(settings.seed)
-    moments = Moments(model.layout, settings.keys)
-    information = Information(layers, heads, dim)
-    queries = torch.zeros(layers, heads, dim, dim)
-    kept: list[Kept] = []
-    for index, window in enumerate(windows):
-        report("reading windows", index, len(windows))
-        prefill = model.prefill(window[: settings.prefix_tokens])
-        for layer, query in enumerate(prefill.queries):
-            queries[layer] += query_moments(query[settings.sinks :], heads) / len(windows)
-        x = pair(prefill.keys, prefill.values, ropes, settings.sinks)
-        held_out = index % _HELD_OUT == _HELD_OUT - 1
-        if not held_out:
-            moments.add(x)
-        chosen, weights = _choose(x.shape[2], settings, generator)
-        samples = []
-        for sample in gradients(
-            model,
-            prefill,
-            window[settings.prefix_tokens :],
-            samples=settings.samples,
-            generator=generator,
-        ):
-            gradient = pair(*sample, ropes, settings.sinks)
-            information.add(gradient)
-            samples.append(gradient[:, :, chosen].bfloat16())
-        values = x[:, :, chosen].to(prefill.keys.dtype)
-        kept.append(Kept(held_out, values, tuple(samples), x.shape[2] - chosen, weights))
-    report("reading windows", len(windows), len(windows))
-    return Statistics(moments=moments, information=information, queries=queries, kept=kept)
-
-
-def _choose(
-    tokens: int, settings: Settings, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens to keep, the recent ones always, and how many each stands for."""
-    recent = min(settings.recent, tokens)
-    older = tokens - recent
-    count = min(older, max(settings.kept - recent, 1))
-    chosen = torch.randperm(older, generator=generator)[:count].sort().values
-    weights = torch.cat([torch.full((count,), older / max(count, 1)), torch.ones(recent)])
-    return torch.cat([chosen, torch.arange(older, tokens)]), weights
 
 
 def _metrics(

@@ -16,16 +16,11 @@ from kvserve_strategies.bundle import BasisKey, Bundle, write_bundle
 from kvserve_strategies.bundle.manifest import Manifest
 from kvserve_strategies.bundle.writer import require_free
 from kvserve_strategies.calibration.models import TransformersModel, check_cache, read_config
-from kvserve_strategies.calibration.recipe import (
-    DEFAULT_KEYS,
-    FISHER,
-    RECIPE,
-    Report,
-    Settings,
-    calibrate,
-)
+from kvserve_strategies.calibration.recipe import RECIPE, calibrate
+from kvserve_strategies.calibration.settings import DEFAULT_KEYS, FISHER, Settings
 from kvserve_strategies.calibration.texts import Text, builtin_texts, choose_windows
 from kvserve_strategies.calibration.weights import weights_digest
+from kvserve_strategies.calibration.windows import Report
 
 DEFAULT_TOKENS: Final = 32_768
 SPACE: Final = FISHER
