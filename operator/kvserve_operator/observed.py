@@ -20,8 +20,8 @@ from kvserve_api.names import (
 )
 from kvserve_api.policy import Policy
 from kvserve_api.profile_set import CONFIGMAP_KEY, NONE, ParetoSet
+from kvserve_api.progress import Progress
 from kvserve_api.quality import TaskScore
-from kvserve_api.run import Progress
 
 ANNOTATION_RESOURCES: Final = "kvserve.io/resources"
 """On a Job: the digest of its container's resources as they were asked for."""

@@ -30,7 +30,7 @@ from kvserve_api.names import (
 )
 from kvserve_api.policy import API_VERSION, KIND
 from kvserve_api.profile_set import CONFIGMAP_KEY, ParetoSet
-from kvserve_api.run import Progress
+from kvserve_api.progress import Progress
 from kvserve_profiler.trials import TrialLog
 
 FIELD_MANAGER: Final = "kvserve-profiler"

@@ -11,7 +11,7 @@ from opentelemetry import trace
 
 from kvserve_api.errors import SpecError
 from kvserve_api.profile_set import NONE, ParetoSet
-from kvserve_api.run import Progress
+from kvserve_api.progress import Progress
 from kvserve_api.telemetry import ATTR_POLICY, SPAN_PROFILE_RUN
 from kvserve_profiler.attempts import run_question, run_trial
 from kvserve_profiler.bench import Bench

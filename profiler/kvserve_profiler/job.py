@@ -10,7 +10,8 @@ from typing import Final
 from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.names import CLAIMS_DIR, TASKS_DIR
 from kvserve_api.profile_set import ParetoSet
-from kvserve_api.run import Progress, RunInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import RunInputs
 from kvserve_profiler.calibration import Calibration
 from kvserve_profiler.candidates import Candidate, Grid
 from kvserve_profiler.coalesce import Coalescer

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from kvserve_api.otel import configure
-from kvserve_api.run import Progress, RunInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import RunInputs
 from kvserve_profiler.calibration import Calibration
 from kvserve_profiler.candidates import grid, preset_space
 from kvserve_profiler.engine import profile

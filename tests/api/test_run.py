@@ -1,6 +1,5 @@
-"""The inputs and the progress of a profiling run."""
+"""The inputs of a profiling run."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from kvserve_api.errors import SpecError
 from kvserve_api.names import child_name
 from kvserve_api.policy import Policy
-from kvserve_api.run import Progress, RunInputs
+from kvserve_api.run import RunInputs
 from samples import policy_object
 
 
@@ -71,15 +70,6 @@ def test_bad_inputs_are_refused(document: bytes) -> None:
     """What is no run's inputs is a typed error."""
     with pytest.raises(SpecError):
         RunInputs.parse(document)
-
-
-def test_progress() -> None:
-    """Progress reads back equal and counts failures as done."""
-    progress = Progress(completed=30, failed=7, total=64, message="int4")
-    assert Progress.parse(json.dumps(progress.to_json())) == progress
-    assert str(progress) == "37/64"
-    with pytest.raises(SpecError, match="completed"):
-        Progress.parse('{"completed": -1, "failed": 0, "total": 1}')
 
 
 def test_child_names_are_labels() -> None:

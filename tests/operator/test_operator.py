@@ -8,7 +8,7 @@ import pytest
 
 import samples
 from kube_api import Api, eventually
-from kvserve_api.run import Progress
+from kvserve_api.progress import Progress
 
 
 def test_a_policy_becomes_a_job(shared: Api) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from kvserve_api.names import child_name
 from kvserve_api.policy import Policy
-from kvserve_api.run import Progress, RunInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import RunInputs
 from kvserve_operator.observed import Observed, RunFacts
 from kvserve_operator.plan import Record, plan
 from kvserve_operator.status import owned_status

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvserve_api.errors import ArtifactError
-from kvserve_api.run import ClassInputs, Progress, TaskInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import ClassInputs, TaskInputs
 from kvserve_profiler import patience
 from kvserve_profiler.candidates import preset_space
 from kvserve_profiler.crew import Alone, Crew, Item, Work, read_results, write_results

@@ -10,7 +10,8 @@ import torch
 
 from kvserve_api.errors import InfeasibleError, SpecError, StrategyError, UnsupportedError
 from kvserve_api.profile_set import NONE, ParetoSet
-from kvserve_api.run import ClassInputs, Progress, RunInputs, TaskInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import ClassInputs, RunInputs, TaskInputs
 from kvserve_api.space_limits import Allow, SpaceLimits, StrategySelector
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_profiler.bench import Bench

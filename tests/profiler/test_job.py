@@ -18,7 +18,8 @@ from kvserve_api.canonical import digest_bytes
 from kvserve_api.errors import InfeasibleError, SpecError, UnavailableError
 from kvserve_api.names import child_name
 from kvserve_api.profile_set import ParetoSet
-from kvserve_api.run import ClassInputs, Progress, RunInputs, TaskInputs
+from kvserve_api.progress import Progress
+from kvserve_api.run import ClassInputs, RunInputs, TaskInputs
 from kvserve_profiler.__main__ import job
 from kvserve_profiler.candidates import Candidate
 from kvserve_profiler.configmaps import Owner, RunConfigMaps

@@ -19,7 +19,7 @@ from kvserve_api.names import (
     LABEL_RUN,
 )
 from kvserve_api.profile_set import ParetoSet
-from kvserve_api.run import Progress
+from kvserve_api.progress import Progress
 from testcluster.cluster import Cluster
 
 T = TypeVar("T")
