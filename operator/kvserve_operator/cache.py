@@ -8,7 +8,10 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, Final, TypeVar
 
-from kvserve_operator.observed import JobFacts, Meta, PodFacts, PolicyFacts, RunFacts, SetFacts
+from kvserve_operator.jobs import JobFacts, PodFacts
+from kvserve_operator.meta import Meta
+from kvserve_operator.observed import PolicyFacts, RunFacts
+from kvserve_operator.sets import SetFacts
 
 Facts = PolicyFacts | JobFacts | PodFacts | RunFacts | SetFacts
 F = TypeVar("F", PolicyFacts, JobFacts, PodFacts, RunFacts, SetFacts)

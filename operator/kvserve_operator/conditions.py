@@ -7,7 +7,8 @@ from kvserve_operator import reasons
 from kvserve_operator.conflicts import self_overlap
 from kvserve_operator.drift import Runs, Verdict
 from kvserve_operator.findings import FALSE, MAX_MESSAGE, TRUE, UNKNOWN, Finding, Sets, finding
-from kvserve_operator.observed import JobFacts, Observed, exit_code
+from kvserve_operator.jobs import JobFacts, exit_code
+from kvserve_operator.observed import Observed
 from kvserve_operator.reasons import Condition, Reason
 from kvserve_operator.render import Run
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from kvserve_operator.observed import Observed, SetFacts
+from kvserve_operator.observed import Observed
 from kvserve_operator.reasons import Condition
+from kvserve_operator.sets import SetFacts
 
 DRIFTED: Final = "Drifted"
 """The controller's reason for ProfilesAccurate being False."""

@@ -13,7 +13,8 @@ from kvserve_api.canonical import digest, short_digest
 from kvserve_api.errors import KVServeError
 from kvserve_api.policy import API_VERSION, KIND
 from kvserve_operator.client import JSON, MERGE, Client
-from kvserve_operator.observed import Meta, PolicyFacts
+from kvserve_operator.meta import Meta
+from kvserve_operator.observed import PolicyFacts
 from kvserve_operator.plan import Record
 
 QUIET_S: Final = 60.0

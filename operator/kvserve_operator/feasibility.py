@@ -5,8 +5,8 @@ import math
 from kvserve_api.policy import Policy, WorkloadClass
 from kvserve_operator import reasons
 from kvserve_operator.findings import FALSE, TRUE, UNKNOWN, Finding, finding
-from kvserve_operator.observed import ProfileFacts, SetFacts
 from kvserve_operator.reasons import Condition
+from kvserve_operator.sets import ProfileFacts, SetFacts
 
 
 def quality_feasible(policy: Policy | None, in_force: SetFacts | None) -> Finding:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
-from kvserve_operator.observed import SetFacts
 from kvserve_operator.reasons import Condition, Reason
+from kvserve_operator.sets import SetFacts
 
 TRUE: Final = "True"
 FALSE: Final = "False"

@@ -14,8 +14,10 @@ from kvserve_api.names import ARTIFACT_PARETO, LABEL_ARTIFACT, LABEL_POLICY
 from kvserve_api.policy import GROUP, PLURAL, VERSION
 from kvserve_operator.client import log_in
 from kvserve_operator.health import Pulse
-from kvserve_operator.observed import JobFacts, PodFacts, PolicyFacts, RunFacts, SetFacts
+from kvserve_operator.jobs import JobFacts, PodFacts
+from kvserve_operator.observed import PolicyFacts, RunFacts
 from kvserve_operator.reconcile import Reconciler
+from kvserve_operator.sets import SetFacts
 
 POLICIES: Final = (GROUP, VERSION, PLURAL)
 JOBS: Final = ("batch", "v1", "jobs")

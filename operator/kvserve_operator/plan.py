@@ -18,7 +18,9 @@ from kvserve_operator.config import ProfilerConfig
 from kvserve_operator.drift import Runs, Verdict, judge
 from kvserve_operator.feasibility import quality_feasible
 from kvserve_operator.findings import Finding, Sets
-from kvserve_operator.observed import JobFacts, Meta, Observed, exit_code
+from kvserve_operator.jobs import JobFacts, exit_code
+from kvserve_operator.meta import Meta
+from kvserve_operator.observed import Observed
 from kvserve_operator.reasons import Condition
 from kvserve_operator.render import Manifest, Run
 from kvserve_operator.status import Status, desired_status, only_progress, owned_status

@@ -20,17 +20,11 @@ from kvserve_operator.cache import Cache
 from kvserve_operator.client import ApiError, Client, NotLeaderError
 from kvserve_operator.config import ProfilerConfig
 from kvserve_operator.conflicts import winner
-from kvserve_operator.observed import (
-    JobFacts,
-    Observed,
-    PodFacts,
-    PolicyFacts,
-    RunFacts,
-    SetFacts,
-    TextFacts,
-)
+from kvserve_operator.jobs import JobFacts, PodFacts
+from kvserve_operator.observed import Observed, PolicyFacts, RunFacts, TextFacts
 from kvserve_operator.plan import Action, Apply, ApplyStatus, LookAgain, Record, Tune, plan
 from kvserve_operator.queue import KeyedQueue
+from kvserve_operator.sets import SetFacts
 
 Key = tuple[str, str]
 

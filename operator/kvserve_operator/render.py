@@ -24,7 +24,7 @@ from kvserve_api.names import (
 from kvserve_api.policy import API_VERSION, KIND, Policy
 from kvserve_api.run import RunInputs
 from kvserve_operator.config import ProfilerConfig
-from kvserve_operator.observed import ANNOTATION_RESOURCES
+from kvserve_operator.jobs import ANNOTATION_RESOURCES
 from kvserve_operator.volumes import MODEL_DIR, RUN_DIR, TEXTS_DIR, mounts, volumes
 
 CONTAINER: Final = "profiler"

@@ -3,7 +3,9 @@
 import dataclasses
 
 from kvserve_operator.cache import Cache
-from kvserve_operator.observed import JobFacts, Meta, PodFacts, PolicyFacts
+from kvserve_operator.jobs import JobFacts, PodFacts
+from kvserve_operator.meta import Meta
+from kvserve_operator.observed import PolicyFacts
 
 META = Meta(namespace="n", name="j", uid="u", version=5, policy="chat")
 

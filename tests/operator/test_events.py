@@ -3,7 +3,7 @@
 import datetime
 
 from kvserve_operator.events import EventLog, event_manifest
-from kvserve_operator.observed import Meta
+from kvserve_operator.meta import Meta
 from kvserve_operator.plan import Record
 
 NOW = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)

@@ -10,8 +10,10 @@ from kvserve_api.names import child_name
 from kvserve_api.quality import TaskScore
 from kvserve_operator.config import ArtifactsConfig, ProfilerConfig
 from kvserve_operator.feasibility import quality_feasible
-from kvserve_operator.observed import Observed, PodFacts, ProfileFacts, RunFacts, TextFacts
+from kvserve_operator.jobs import PodFacts
+from kvserve_operator.observed import Observed, RunFacts, TextFacts
 from kvserve_operator.plan import Apply, plan
+from kvserve_operator.sets import ProfileFacts
 from operator_samples import (
     CONFIG,
     CURRENT,

@@ -12,8 +12,10 @@ from kvserve_operator.apply import Executor
 from kvserve_operator.client import Client
 from kvserve_operator.config import ProfilerConfig
 from kvserve_operator.events import Recorder
-from kvserve_operator.observed import JobFacts, PolicyFacts, SetFacts
+from kvserve_operator.jobs import JobFacts
+from kvserve_operator.observed import PolicyFacts
 from kvserve_operator.reconcile import Reconciler
+from kvserve_operator.sets import SetFacts
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ from kvserve_api.names import child_name
 from kvserve_api.policy import Policy
 from kvserve_api.run import RunInputs
 from kvserve_operator.config import DEFAULT_RESOURCES, ProfilerConfig
-from kvserve_operator.observed import JobFacts, Meta, Observed, PolicyFacts, ProfileFacts, SetFacts
+from kvserve_operator.jobs import JobFacts
+from kvserve_operator.meta import Meta
+from kvserve_operator.observed import Observed, PolicyFacts
 from kvserve_operator.plan import Action, Apply, ApplyStatus, Delete, Record, Tune
+from kvserve_operator.sets import ProfileFacts, SetFacts
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
 CONFIG = ProfilerConfig(image="profiler:1")
