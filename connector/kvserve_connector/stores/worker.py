@@ -15,11 +15,12 @@ from kvserve_connector.metrics import Metrics
 from kvserve_connector.recompute import Verdict
 from kvserve_connector.selector import Selector
 from kvserve_connector.stores.config import StoreConfig
+from kvserve_connector.stores.fetcher import Loaded
 from kvserve_connector.stores.link import StoreLink
 from kvserve_connector.stores.messages import StoreNews, StoreStep
 from kvserve_connector.stores.prefixes import PrefixStore
 from kvserve_connector.stores.rates import Coding, readable
-from kvserve_connector.stores.reader import Loaded, PrefixReader
+from kvserve_connector.stores.reader import PrefixReader
 from kvserve_connector.stores.sealed import SealedStore, no_secrets
 from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.writer import PrefixWriter, Saved
