@@ -3,10 +3,8 @@
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -17,25 +15,26 @@ from kvserve_api.telemetry import (
     ATTR_TABLE_VERSION,
     ATTR_WIRE_BYTES,
     ATTR_WORKLOAD,
-    SPAN_DECODE,
     SPAN_TRANSFER,
-    SPAN_WIRE,
 )
 from kvserve_connector import tracing
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Receiver, TcpReceiver
-from kvserve_connector.chunks import Chunk, check_form
+from kvserve_connector.chunks import check_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.commands import MAX_RENEWED, Pull, Release, Renew
-from kvserve_connector.config import NIXL, TCP, ConnectorConfig
+from kvserve_connector.config import NIXL, ConnectorConfig
+from kvserve_connector.connections import Connections
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load
+from kvserve_connector.intake import Intake, receive_message
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.remote import Remote
 from kvserve_connector.renewals import SHARE_OF_LEASE, Renewals
-from kvserve_connector.replies import Accept, End, Refuse
+from kvserve_connector.replies import Accept, End
 from kvserve_connector.staged import StagedReceiver
 from kvserve_connector.staging import Reader
 
@@ -46,41 +45,6 @@ MAX_PULLS: Final = 8
 MAX_EARLY: Final = 64
 """Likewise, of those that wait for their prefill. They have threads of their own: a prefill may itself wait for the
 room of one whose transfer would wait behind it."""
-MAX_IDLE: Final = 16
-"""Connections kept open for the next transfer."""
-BEHIND: Final = 2
-"""Chunks that may wait to be decoded: then no more are received, and TCP holds the producer back."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Outcome:
-    """How one transfer went.
-
-    Attributes:
-        load: What was wanted.
-        accept: What the producer promised; None if it came to no promise.
-        end: What the producer said at its end.
-        native_bytes: Native KV bytes.
-        wire_bytes: Bytes received, headers included.
-        wire_s: Seconds in which bytes of chunks were arriving.
-        decode_s: Seconds of decoding and writing into the cache.
-        transport: What carried the chunks.
-        total_s: From the start to the last write, without what the producer waited for the prefill.
-        failure: Empty, or the reason why the request must be recomputed.
-        detail: More about the failure, for people.
-    """
-
-    load: Load
-    accept: Accept | None = None
-    end: End | None = None
-    native_bytes: int = 0
-    wire_bytes: int = 0
-    wire_s: float = 0.0
-    decode_s: float = 0.0
-    total_s: float = 0.0
-    transport: str = TCP
-    failure: str = ""
-    detail: str = ""
 
 
 @dataclass(slots=True)
@@ -120,14 +84,12 @@ class TransferClient:
         report: Callable[[Outcome], None],
     ) -> None:
         self._config = config
-        self._cache = cache
         self._form = cache.form
         self._stages = stages
         self._bundles = bundles
-        self._coders = coders
         self._report = report
-        self._coder = ChunkCoder(cache.form, bundles.find)
-        self._gate = Gate(config)
+        self._intake = Intake(ChunkCoder(cache.form, bundles.find), cache, coders)
+        self._connections = Connections(Gate(config))
         self.decode_delays = 0.0
         self.reader = Reader(config.staging_bytes) if config.transport == NIXL else None
         self._told_of_tcp = False
@@ -135,7 +97,6 @@ class TransferClient:
         self._early = ThreadPoolExecutor(MAX_EARLY, thread_name_prefix="kvserve-early")
         self._lock = threading.Lock()
         self._active: dict[str, _Active] = {}
-        self._idle: deque[tuple[str, int, FrameSocket]] = deque()
         self._renewals = Renewals(config.lease_s * SHARE_OF_LEASE, self._renew)
 
     def expect(self, remote: Remote) -> None:
@@ -184,8 +145,7 @@ class TransferClient:
         self._renewals.close()
         for threads in (self._pulls, self._early):
             threads.shutdown(wait=False, cancel_futures=True)
-        while self._idle:
-            self._idle.popleft()[2].close()
+        self._connections.close()
 
     def _run(self, load: Load, active: _Active, deadline_s: float) -> None:
         outcome = Outcome(load=load, native_bytes=self._form.native_bytes(load.tokens))
@@ -229,13 +189,13 @@ class TransferClient:
             check_form(accept.chunks, self._form, load.tokens)
             receiver = self._receiver(frames, accept, load.remote)
             outcome.transport = receiver.name
-            self._receive(frames, load, accept, active, outcome, receiver)
-            outcome.end = End.parse(self._message(frames, Kind.END))
+            self._intake.receive(frames, accept, receiver, outcome, active.futures)
+            outcome.end = End.parse(receive_message(frames, Kind.END))
             if load.remote.transfer:
                 outcome.accept = replace(accept, model_s=outcome.end.model_s)
             frames.send(pack_header(Kind.DONE, 0))
             outcome.wire_bytes = frames.received_bytes - received_before
-            self._finish(active, outcome)
+            self._intake.finish(outcome, active.futures)
         except BaseException:
             outcome.wire_bytes = frames.received_bytes - received_before
             frames.close()
@@ -249,17 +209,17 @@ class TransferClient:
                     future.exception()
             with self._lock:
                 active.frames = None
-        self._keep(load.remote, frames)
+        self._connections.keep(load.remote, frames)
 
     def _ask(self, load: Load, active: _Active, deadline_s: float) -> tuple[FrameSocket, Accept]:
         """Ask for the KV and return the promise; a kept connection that turns out dead is replaced once."""
         remote = load.remote
-        kept = self._take(remote)
+        kept = self._connections.take(remote)
         while True:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TransferError(TransferReason.TIMEOUT, "waited too long for its turn")
-            frames = kept or self._gate.connect(remote.host, remote.port, timeout_s=left_s)
+            frames = kept or self._connections.connect(remote, left_s)
             with self._lock:
                 active.frames = frames
                 cancelled = active.cancelled
@@ -271,7 +231,7 @@ class TransferClient:
                 wish = self._wish(load, left_s).pack()
                 frames.send(wish)
                 frames.bind(wish[HEADER_BYTES:])
-                return frames, Accept.parse(self._message(frames, Kind.ACCEPT))
+                return frames, Accept.parse(receive_message(frames, Kind.ACCEPT))
             except TransferError as error:
                 frames.close()
                 stale = kept is not None and frames.received_bytes == received_before
@@ -322,111 +282,18 @@ class TransferClient:
                 remote.port,
             )
 
-    def _message(self, frames: FrameSocket, kind: Kind) -> bytes:
-        """Receive a control message of one kind; a refusal in its place is raised."""
-        header = frames.receive_header()
-        if header.kind not in (kind, Kind.REFUSE):
-            raise WireError(WireReason.MALFORMED, f"expected {kind.name}, got {header.kind.name}")
-        body = frames.receive_body(header)
-        if header.kind == Kind.REFUSE:
-            raise Refuse.parse(body).error
-        return body
-
-    def _receive(
-        self,
-        frames: FrameSocket,
-        load: Load,
-        accept: Accept,
-        active: _Active,
-        outcome: Outcome,
-        receiver: Receiver,
-    ) -> None:
-        """Receive all chunks, decoding each while the next ones arrive."""
-        started_ns = time.time_ns()
-        left = dict(enumerate(accept.chunks))
-        while left:
-            header = frames.receive_header()
-            if header.kind == Kind.REFUSE:
-                raise Refuse.parse(frames.receive_body(header)).error
-            if header.kind != receiver.kind:
-                raise WireError(
-                    WireReason.MALFORMED,
-                    f"expected {receiver.kind.name}, got {header.kind.name}",
-                )
-            index = header.index if load.remote.transfer else next(iter(left))
-            if (chunk := left.pop(index, None)) is None:
-                raise WireError(WireReason.MALFORMED, f"a chunk {index} that is not awaited")
-            start_s = time.perf_counter()
-            blob = receiver.receive(header, self._coder.max_bytes(chunk))
-            outcome.wire_s += time.perf_counter() - start_s
-            active.futures.append(self._coders.submit(self._decode, blob, chunk, load))
-            if len(active.futures) >= BEHIND:
-                outcome.decode_s += active.futures.pop(0).result()
-        tracing.past_span(
-            SPAN_WIRE,
-            tracing.traceparent(),
-            started_ns,
-            time.time_ns(),
-            {ATTR_PROFILE: accept.profile},
-        )
-
-    def _finish(self, active: _Active, outcome: Outcome) -> None:
-        """Wait for the chunks that are still being decoded."""
-        while active.futures:
-            outcome.decode_s += active.futures.pop(0).result()
-        now_ns = time.time_ns()
-        tracing.past_span(
-            SPAN_DECODE,
-            tracing.traceparent(),
-            now_ns - int(outcome.decode_s * 1e9),
-            now_ns,
-            {ATTR_NATIVE_BYTES: outcome.native_bytes},
-        )
-
-    def _decode(self, blob: bytearray, chunk: Chunk, load: Load) -> float:
-        start_s = time.perf_counter()
-        keys, values = self._coder.decode(blob, chunk)
-        self._cache.write(chunk, load.block_ids, keys, values)
-        return time.perf_counter() - start_s
-
     def _release(self, remote: Remote) -> None:
-        with suppress(KVServeError):
-            frames = self._take(remote) or self._gate.connect(
-                remote.host, remote.port, timeout_s=self._config.stall_s
-            )
-            frames.set_budget(self._config.stall_s)
-            message = Release(
-                engine_id=remote.engine_id, request_id=remote.request_id, transfer=remote.transfer
-            )
-            frames.send(message.pack())
-            self._keep(remote, frames)
+        message = Release(
+            engine_id=remote.engine_id, request_id=remote.request_id, transfer=remote.transfer
+        )
+        self._connections.say(remote, [message.pack()], self._config.stall_s)
 
     def _renew(self, remotes: Sequence[Remote]) -> None:
         """Tell a producer that its prefills are still wanted; if that fails, there is a next time."""
-        first, limit_s = remotes[0], min(self._config.stall_s, self._config.lease_s)
-        with suppress(KVServeError):
-            frames = self._take(first) or self._gate.connect(
-                first.host, first.port, timeout_s=limit_s
-            )
-            frames.set_budget(limit_s)
-            names = tuple(remote.request_id for remote in remotes)
-            for start in range(0, len(names), MAX_RENEWED):
-                frames.send(Renew(names=names[start : start + MAX_RENEWED]).pack())
-            self._keep(first, frames)
-
-    def _take(self, remote: Remote) -> FrameSocket | None:
-        """Return a kept connection to the producer."""
-        with self._lock:
-            for entry in reversed(self._idle):
-                if entry[:2] == (remote.host, remote.port):
-                    self._idle.remove(entry)
-                    return entry[2]
-        return None
-
-    def _keep(self, remote: Remote, frames: FrameSocket) -> None:
-        """Keep a connection for the next transfer."""
-        with self._lock:
-            self._idle.append((remote.host, remote.port, frames))
-            dropped = self._idle.popleft()[2] if len(self._idle) > MAX_IDLE else None
-        if dropped is not None:
-            dropped.close()
+        names = tuple(remote.request_id for remote in remotes)
+        messages = [
+            Renew(names=names[start : start + MAX_RENEWED]).pack()
+            for start in range(0, len(names), MAX_RENEWED)
+        ]
+        limit_s = min(self._config.stall_s, self._config.lease_s)
+        self._connections.say(remotes[0], messages, limit_s)

@@ -23,9 +23,9 @@ from kvserve_api.rpc.auth import PodSide
 from kvserve_api.rpc.messages import decision_to_message, table_from_push, version_from_message
 from kvserve_connector.bundles import BundleBook, wanted_by
 from kvserve_connector.channel import Call, explain, open_channel, prove
-from kvserve_connector.client import Outcome
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control_messages import Identity, hello_message, nack_message, report_message
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.selector import Carries, ReadyTable, Selector, carries_all
 
 logger = logging.getLogger(__name__)

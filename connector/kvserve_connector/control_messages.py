@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.messages import version_to_message
 from kvserve_api.table import Role, Version
-from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from kvserve_api.telemetry import (
     TRANSFER_STAGE_DURATION,
     TRANSFER_WIRE_BYTES,
 )
-from kvserve_connector.client import Outcome
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.selector import Selector
 
 ROW: Final = (

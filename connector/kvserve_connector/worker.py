@@ -20,7 +20,7 @@ from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
 from kvserve_connector.cache import EngineCache, open_cache
 from kvserve_connector.chunks import ahead_layers, plan_form
-from kvserve_connector.client import Outcome, TransferClient
+from kvserve_connector.client import TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control import ControlClient
@@ -33,6 +33,7 @@ from kvserve_connector.links import LinkBook
 from kvserve_connector.loads import delays
 from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.metrics import Data, Metrics
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.processors import processors
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector

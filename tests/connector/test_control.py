@@ -20,12 +20,12 @@ from kvserve_api.rpc.messages import decision_from_message, push_from_table
 from kvserve_api.table import DecisionTable, Role, Version
 from kvserve_connector import control
 from kvserve_connector.bundles import BundleBook
-from kvserve_connector.client import Outcome
 from kvserve_connector.coding import known_stages
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.control import MAX_REPORTS, ControlClient
 from kvserve_connector.control_messages import Identity
 from kvserve_connector.handover import Load
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_strategies.artifacts import Store, open_store

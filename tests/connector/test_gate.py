@@ -21,6 +21,7 @@ from kvserve_api.errors import SpecError
 from kvserve_connector import gate, handshake
 from kvserve_connector.commands import Release
 from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.connections import Connections
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.gate import MAX_STRANGERS, Gate
 from kvserve_connector.protocol import Kind, pack_header
@@ -49,7 +50,7 @@ def producer(
     """Start a pair whose ends have credentials of their own; settings are the consumer's."""
     with pair(credentials=credentials) as both:
         config = replace(both.config, credentials=consumer, **settings)
-        both.client._gate = Gate(config)
+        both.client._connections = Connections(Gate(config))
         yield both
 
 
@@ -94,7 +95,7 @@ def test_members_transfer(members: Members, kind: str) -> None:
     with producer(server, client) as both:
         for index in range(3):
             assert fetch(both, f"r{index}") == ""
-        assert len(both.client._idle) == 1
+        assert len(both.client._connections._idle) == 1
         assert both.metrics.take_totals().get("failures") is None
 
 
@@ -275,7 +276,7 @@ def test_renewed_files_are_used_without_restart(tmp_path: Path) -> None:
         assert fetch(both, "a") == ""
         members.issue("pod")
         (tmp_path / "secret").write_text("n" * 40)
-        both.client._idle.popleft()[2].close()
+        both.client._connections._idle.popleft()[2].close()
         assert fetch(both, "b") == ""
 
 

@@ -20,10 +20,10 @@ import torch
 from kv_loopback import LAYOUT, Pair, pair
 from kvserve_api.credentials import CredentialFiles
 from kvserve_api.errors import SpecError, TransferError, WireError
-from kvserve_connector.client import Outcome
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.links import LinkState
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.pieces import Offer, pack_staged
 from kvserve_connector.protocol import Kind, pack_header
 from kvserve_connector.selector import ReadyTable

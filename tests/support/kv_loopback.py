@@ -14,7 +14,7 @@ from kvserve_api.wire import KVLayout
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import Chunk
-from kvserve_connector.client import Outcome, TransferClient
+from kvserve_connector.client import TransferClient
 from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.engine import Engine
@@ -25,6 +25,7 @@ from kvserve_connector.layout import split_content
 from kvserve_connector.leases import LeaseBook
 from kvserve_connector.links import LinkBook
 from kvserve_connector.metrics import Metrics
+from kvserve_connector.outcome import Outcome
 from kvserve_connector.paged import PagedCache
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import Selector
