@@ -21,8 +21,8 @@ class Pool:
             close should mean strategies that lose alike; a choice without an order takes a column for each value.
         ratio: ``[n]``, positive: native bytes over wire bytes.
         codec_s: ``[n]``, positive: seconds to encode and decode a transfer.
-        forecast: ``[n, texts, forecasts]``, not negative: what is known beforehand of the loss on each text, in basis
-            points, as by `kvserve_profiler.sensitivity`; None if nothing is.
+        forecast: ``[n, texts, 2]``, not negative: what is known beforehand of the loss on each text, in basis points,
+            directed and scattered (`kvserve_profiler.sensitivity`); None if nothing is.
         starts: ``[n]`` bool: those to begin with, because they are known to be sensible; None for all alike.
     """
 

@@ -4,8 +4,10 @@ For a small error ``e`` of a cache the divergence is ``e' F e / 2``, F being the
 (`kvserve_strategies.calibration.fisher`). A few gradients of one window, taken once, estimate it for any strategy at
 the price of a decode, in two ways with opposite faults:
 
-- *directed*, ``mean (g . e)^2 / 2``, is right in the mean for every error, and noisy: with 16 gradients, by a third;
-- *scattered*, ``sum mean(g^2) e^2 / 2``, has little noise, and is right only for errors that are independent.
+- *directed*, ``sum over layers of mean (g . e)^2 / 2``, keys and values apart, is right in the mean for any errors
+  that layers make independently, and noisy. Over all layers at once it would be right for every error, and with 16
+  gradients off by a third; what layers have in common is less than that;
+- *scattered*, ``sum mean(g^2) e^2 / 2``, has little noise, and is right only for errors that are all independent.
 
 What strategies leave behind lies between; a search learns from its first trials how far each is to be believed.
 """
@@ -89,7 +91,7 @@ class Sensitivity:
             decoded: What came out of a codec.
         """
         rows, samples, size = self.gradients.shape
-        along, scattered = torch.zeros(samples), torch.zeros(())
+        directed, scattered = torch.zeros(()), torch.zeros(())
         # a layer at a time: what fits the processor's cache takes a quarter of the time, and no memory to speak of
         wide = torch.empty(samples, size)
         for row in range(rows):
@@ -99,10 +101,10 @@ class Sensitivity:
                 for kv in (exact, decoded)
             )
             error = other.float().sub_(one)
-            along += wide.copy_(self.gradients[row]) @ error
+            directed += (wide.copy_(self.gradients[row]) @ error).square_().mean()
             scattered += self.squares[row] @ error.square_()
         return Forecast(
-            directed=_nats(along.square().mean()),
+            directed=_nats(directed),
             scattered=_nats(scattered),
         )
 

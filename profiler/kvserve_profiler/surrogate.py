@@ -36,6 +36,8 @@ REFIT: Final = 8
 """Observations between two fits of the hyperparameters: these change slowly, and finding them takes long."""
 OWN_DEVIATION: Final = 0.15
 """Octaves by which a strategy differs from those most like it, before any told."""
+DIRECTED_SHARE: Final = 0.75
+"""Of the directed forecast in what is expected beforehand; the scattered one has the rest."""
 _MIDDLE_OCTAVES: Final = 4.0
 """Losses that matter lie about here: the slope of a forecast turns around it."""
 
@@ -130,7 +132,7 @@ class Surrogate:
             # beyond the most, a forecast says no more than that
             known = np.minimum(loss_octaves(pool.forecast[:, text]), most + 1.0)
             inputs = np.column_stack([_scaled(pool.features), known - _MIDDLE_OCTAVES])
-            self._trend = known.mean(axis=1)
+            self._trend = known @ (DIRECTED_SHARE, 1 - DIRECTED_SHARE)
             self._unit = 1.0
             columns = Columns.of(inputs, known.shape[1])
         self._chosen = chosen

@@ -78,3 +78,18 @@ def test_forecasts_tell_of_all_after_a_few() -> None:
     error = belief.mean - OCTAVES
     assert np.sqrt(np.mean(error**2)) < 0.2
     assert np.mean(np.abs(error) < 3 * belief.deviation) > 0.95
+
+
+def test_directed_forecasts_say_more_than_scattered_ones() -> None:
+    """Where the two disagree by an octave, what is expected lies a quarter of it below the directed one."""
+    octaves = np.stack([OCTAVES, OCTAVES - 1.0], axis=1)
+    pool = Pool(
+        features=POOL.features,
+        ratio=POOL.ratio,
+        codec_s=POOL.codec_s,
+        forecast=np.maximum(np.exp2(octaves)[:, None] - 1.0, 0.0),
+    )
+    # one that loses what is expected leaves all others where they were
+    at = int(np.argmin(np.abs(OCTAVES - 4.0)))
+    belief = Surrogate(pool, [at], [[2.0 ** (OCTAVES[at] - 0.25) - 1.0]]).belief()
+    assert belief.mean[OCTAVES > 1.0] == pytest.approx(OCTAVES[OCTAVES > 1.0] - 0.25, abs=1e-6)
