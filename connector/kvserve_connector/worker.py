@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
@@ -19,9 +18,8 @@ from kvserve_api.errors import SpecError, UnsupportedError
 from kvserve_api.table import Role
 from kvserve_connector.bundles import BundleBook, open_artifacts
 from kvserve_connector.cache import EngineCache, open_cache
-from kvserve_connector.chunks import ahead_layers, plan_form
 from kvserve_connector.client import TransferClient
-from kvserve_connector.coding import ChunkCoder, known_stages, raw_pipeline
+from kvserve_connector.coding import ChunkCoder, known_stages
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control import ControlClient
 from kvserve_connector.control_messages import Identity
@@ -42,6 +40,8 @@ from kvserve_connector.stores.messages import StoreNews
 from kvserve_connector.stores.sealed import no_secrets
 from kvserve_connector.stores.worker import ClosedStore, StoreWorker
 from kvserve_connector.threads import name_thread
+from kvserve_connector.versions import installed
+from kvserve_connector.warmup import WarmUp
 from kvserve_strategies import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,6 @@ core and the interpreter lock of the threads that transfer.
 
 CODER: Final = "kvserve-code"
 """Name of the threads that encode and decode."""
-REHEARSED_TOKENS: Final = 8192
-"""Tokens of a transfer whose first chunk is coded before the first request."""
 
 
 class WorkerHalf:
@@ -107,12 +105,12 @@ class WorkerHalf:
             Identity(
                 role=Role.PREFILL if is_producer else Role.DECODE,
                 fingerprint=engine.fingerprint,
-                version=_own_version(),
+                version=installed("kvserve") or "",
             ),
             self._selector,
             self._metrics.reports_dropped,
             self._bundles,
-            self._warm_up,
+            self._make_ready,
             self._carries,
             self._metrics.control_failed,
         )
@@ -123,13 +121,12 @@ class WorkerHalf:
             initargs=(CODER,),
         )
         self._form: Form | None = None
-        self._coder: ChunkCoder | None = None
+        self._warm_up: WarmUp | None = None
         self._server: TransferServer | None = None
         self._client: TransferClient | None = None
         self._lock = threading.Lock()
         self._received: set[str] = set()
         self._failed: set[str] = set()
-        self._warm: tuple[Pipeline, ...] = ()
         self._cache: EngineCache | None = None
         self._layers: dict[str, int] = {}
         self._progress: list[Progress] = []
@@ -165,7 +162,8 @@ class WorkerHalf:
         if cache.at_once and cache.form.opaque is None and not self._engine.splits_steps:
             names = cache.form.parts[0].group.layer_names
             self._layers = {name: index for index, name in enumerate(names)}
-        self._coder = ChunkCoder(cache.form, self._bundles.find)
+        coder = ChunkCoder(cache.form, self._bundles.find)
+        self._warm_up = warm_up = WarmUp(coder, cache, self._config.chunk_layers)
         if cache.form.opaque is not None:
             self._metrics.opened(cache.form.opaque)
             logger.info(
@@ -174,12 +172,7 @@ class WorkerHalf:
             )
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         # in the threads that will code: torch sets itself up anew in each
-        together = threading.Barrier(self._config.codec_threads)
-        for rehearsal in [
-            self._coders.submit(self._rehearse, self._coder, cache, together)
-            for _ in range(self._config.codec_threads)
-        ]:
-            rehearsal.result()
+        warm_up.rehearse(self._coders, self._config.codec_threads, self._engine)
         if self._is_producer:
             try:
                 self._server = TransferServer(
@@ -215,7 +208,7 @@ class WorkerHalf:
                 self._config.store,
                 self._weights,
                 cache,
-                self._coder,
+                coder,
                 self._coders,
                 self._selector,
                 self._bundles,
@@ -365,36 +358,13 @@ class WorkerHalf:
                 self._failed.add(request_id)
         self._ended.set()
 
-    def _rehearse(self, coder: ChunkCoder, cache: EngineCache, together: threading.Barrier) -> None:
-        """Do once, in each thread, what a transfer does, at its full size.
-
-        Some of what a thread needs is set up when it first works on as much as this, like the threads of torch's own
-        that help it: no request shall wait for that.
-        """
-        # no thread may take the turn of another
-        together.wait()
-        coder.warm_up(raw_pipeline())
-        blocks = tuple(range(1, self._engine.blocks))
-        tokens = min(len(blocks) * group.block_tokens for group in self._engine.groups)
-        for chunk in plan_form(cache.form, range(min(tokens, REHEARSED_TOKENS)), 1)[:1]:
-            keys, values = cache.read(chunk, [blocks] * len(self._engine.groups))
-            coder.encode(raw_pipeline(), chunk, keys, values)
-
     def _carries(self, pipeline: Pipeline) -> bool:
         """Tell whether a pipeline may code this engine's cache; none may if it can't be carried."""
         return self._form is not None and self._form.carries(pipeline)
 
-    def _warm_up(self, ready: ReadyTable) -> None:
-        """Code with each pipeline that the last table did not have: tables that only learned something come often."""
-        if self._coder is None or self._form is None:
-            return
-        layers = self._config.chunk_layers
-        ways = {layers, ahead_layers(self._form, layers)}
-        pipelines = tuple(ready.pipelines.values())
-        for pipeline in pipelines:
-            if not any(pipeline is warm for warm in self._warm):
-                self._coder.warm_up(pipeline, ways)
-        self._warm = pipelines
+    def _make_ready(self, ready: ReadyTable) -> None:
+        if self._warm_up is not None:
+            self._warm_up.of_table(ready)
 
 
 def _secrets(config: ConnectorConfig) -> Callable[[], Sequence[bytes]]:
@@ -403,10 +373,3 @@ def _secrets(config: ConnectorConfig) -> Callable[[], Sequence[bytes]]:
         return no_secrets
     credentials = Credentials(config.credentials, PATH, serves=False)
     return lambda: credentials.current().secrets
-
-
-def _own_version() -> str:
-    try:
-        return version("kvserve")
-    except PackageNotFoundError:
-        return ""
