@@ -1,15 +1,15 @@
 """Measure every strategy of the profiler's space on SmolLM2: the truth that searches are judged by.
 
-Run by hand, about three quarters of an hour on one core; what is measured is kept in ``--log``, and a run that was
-stopped goes on from there. It needs WikiText-2 (``wikitext2/test.txt``) and HumanEval
-(``humaneval/HumanEval.jsonl.gz``) in ``--texts``, and a calibration bundle of the model's (``kvserve calibrate``).
-The table goes to ``benchmarks/data/profiler-truth.csv``.
+Run by hand, about three quarters of an hour on one core, and twice as long with 64 scored tokens; what is measured is
+kept in ``--log``, and a run that was stopped goes on from there. It needs WikiText-2 (``wikitext2/test.txt``) and
+HumanEval (``humaneval/HumanEval.jsonl.gz``) in ``--texts``, and a calibration bundle of the model's (``kvserve
+calibrate``). The table goes to ``benchmarks/data/profiler-truth.csv``.
 
-For each strategy the caches of all windows go through real blobs; one batched run of the model scores them all.
+For each strategy the caches of all windows go through real blobs; one batched run of the model scores those of a few
+strategies.
 """
 
 import argparse
-import contextlib
 import gzip
 import importlib.metadata
 import json
@@ -18,14 +18,15 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 
 from kvserve_api.canonical import digest_bytes
 from kvserve_api.errors import ArtifactError, KVServeError
+from kvserve_api.strategy import StrategyConfig
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.cost import device_kind
 from kvserve_profiler.exits import last_words
@@ -40,6 +41,7 @@ from kvserve_profiler.space_point import Point
 from kvserve_profiler.windows import Window, cut
 from kvserve_strategies import config_needs_bundle
 from kvserve_strategies.bundle import Bundle
+from profiler_log import Log
 from profiler_table import Row, Table, short, space_to_document
 
 ROOT: Final = Path(__file__).parents[1]
@@ -47,7 +49,9 @@ TABLE: Final = ROOT / "benchmarks" / "data" / "profiler-truth.csv"
 SETTINGS: Final = Settings(
     prefix_tokens=256, continuation_tokens=16, max_windows=2, block_tokens=8, gradients=16
 )
-"""Windows are of each kind of text."""
+"""Windows are of each kind of text, and scored in two stretches of ``--stretch`` tokens."""
+BATCH: Final = 4
+"""Strategies that one run of the model scores: products of more rows take a fifth less time."""
 MAX_CHARS: Final = 400_000
 SEED: Final = 0
 """Of the order of strategies: a drift of the machine must not look like a difference between families."""
@@ -63,6 +67,9 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "bench" / "truth.jsonl")
     parser.add_argument("--shard", default="0/1", help="which part of the work, as 0/2 and 1/2")
     parser.add_argument("--backwards", action="store_true", help="begin at the end of the part")
+    parser.add_argument(
+        "--stretch", type=int, default=8, help="tokens scored in each half of a window's end"
+    )
     parser.add_argument("--out", type=Path, default=TABLE)
     arguments = parser.parse_args()
     try:
@@ -82,8 +89,13 @@ def measure(arguments: argparse.Namespace) -> None:
         raise ArtifactError("--bundle", "is of another model")
     space = space_of(bundle.layout, bases_of(bundle))
     texts = dict(_texts(arguments.texts))
+    settings = replace(
+        SETTINGS,
+        continuation_tokens=2 * arguments.stretch,
+        block_tokens=arguments.stretch,
+    )
     truth = Truth(
-        Model(source), identity.fingerprint, bundle, {k: v for k, (v, _) in texts.items()}
+        Model(source), identity.fingerprint, bundle, {k: v for k, (v, _) in texts.items()}, settings
     )
     provenance = {
         "space": space_to_document(bundle.layout, bases_of(bundle)),
@@ -91,11 +103,11 @@ def measure(arguments: argparse.Namespace) -> None:
         "bundle": {"digest": bundle.digest, **bundle.provenance},
         "texts": {kind: digest for kind, (_, digest) in texts.items()},
         "windows": [{"kind": kind} for kind in truth.kinds],
-        "settings": SETTINGS.to_json(),
+        "settings": settings.to_json(),
         "device": device_kind(),
         "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
     }
-    log = _Log(arguments.log, provenance)
+    log = Log(arguments.log, provenance)
     points = list(space.points())
     random.Random(SEED).shuffle(points)
     shard, _, shards = arguments.shard.partition("/")
@@ -103,13 +115,14 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.backwards:
         points.reverse()
     start_s = time.perf_counter()
-    for done, point in enumerate(points):
-        if done in (10, 100) or (done and done % 250 == 0):
+    for done in range(0, len(points), BATCH):
+        if done in (3 * BATCH, 25 * BATCH) or (done and done % 252 == 0):
             left_s = (time.perf_counter() - start_s) / done * (len(points) - done)
             print(f"{done}/{len(points)}: {left_s / 60:.0f} min to go", flush=True)
         log.read()
-        if space.name_of(point) not in log.rows:
-            log.add(truth.row(space, point))
+        batch = [p for p in points[done : done + BATCH] if space.name_of(p) not in log.rows]
+        for row in truth.rows(space, batch):
+            log.add(row)
     log.read()
     missing = len(space.points()) - len(log.rows)
     if missing:
@@ -129,7 +142,12 @@ class Truth:
     """
 
     def __init__(
-        self, model: Model, fingerprint: str, bundle: Bundle, texts: Mapping[str, Sequence[str]]
+        self,
+        model: Model,
+        fingerprint: str,
+        bundle: Bundle,
+        texts: Mapping[str, Sequence[str]],
+        settings: Settings,
     ) -> None:
         """Compute the exact caches and predictions.
 
@@ -138,8 +156,10 @@ class Truth:
             fingerprint: Of the model.
             bundle: Its calibration.
             texts: Documents of each kind.
+            settings: How it is measured.
         """
-        torch.set_num_threads(SETTINGS.threads)
+        torch.set_num_threads(settings.threads)
+        self._stretches = settings.continuation_tokens // settings.block_tokens
         self._model = model
         self._fingerprint = fingerprint
         self._bundle = bundle
@@ -147,7 +167,7 @@ class Truth:
         kinds: list[str] = []
         for kind, documents in texts.items():
             tokens = [model.tokenise(document) for document in documents]
-            found = cut(tokens, SETTINGS, lead=model.lead)
+            found = cut(tokens, settings, lead=model.lead)
             windows += found
             kinds += [kind] * len(found)
         self.kinds = tuple(kinds)
@@ -155,17 +175,44 @@ class Truth:
         self._tokens = [window.continuation for window in windows]
         self._exact = model.log_probabilities_of(self._tokens, self._caches)
         self._sensitivities = [
-            Sensitivity.of(model, cache, tokens, samples=SETTINGS.gradients, seed=SEED)
+            Sensitivity.of(model, cache, tokens, samples=settings.gradients, seed=SEED)
             for cache, tokens in zip(self._caches, self._tokens, strict=True)
         ]
 
-    def row(self, space: Space, point: Point) -> Row:
-        """Measure one strategy.
+    def rows(self, space: Space, points: Sequence[Point]) -> list[Row]:
+        """Measure some strategies.
 
         Raises:
-            KVServeError: It can't be measured.
+            KVServeError: One can't be measured.
         """
-        strategy = space.strategy(point)
+        coded = [self._coded(space.strategy(point)) for point in points]
+        begin_s = time.thread_time()
+        losses = self._losses([one.decoded for one in coded if not one.lossless])
+        share_s = (time.thread_time() - begin_s) / max(len(losses), 1)
+        exact = ((0.0,) * self._stretches,) * len(self._caches)
+        rows = []
+        for point, one in zip(points, coded, strict=True):
+            forecasts = [
+                sensitivity.forecast(cache, other)
+                for sensitivity, cache, other in zip(
+                    self._sensitivities, self._caches, one.decoded, strict=True
+                )
+            ]
+            rows.append(
+                Row(
+                    name=space.name_of(point),
+                    digest=short(space.strategy(point).digest),
+                    ratio=one.ratio,
+                    encode_s=one.encode_s,
+                    decode_s=one.decode_s,
+                    evaluation_s=one.spent_s + (0.0 if one.lossless else share_s),
+                    kl=exact if one.lossless else losses.pop(0),
+                    forecast=tuple((each.directed, each.scattered) for each in forecasts),
+                )
+            )
+        return rows
+
+    def _coded(self, strategy: StrategyConfig) -> "_Coded":
         codec = Codec.of(
             strategy,
             fingerprint=self._fingerprint,
@@ -184,72 +231,47 @@ class Truth:
             encode_s.append(middle_s - start_s)
             native += self._model.layout.native_bytes(cache.tokens)
             wire += len(blob)
-        losses = self._losses(decoded, lossless=codec.lossless)
-        evaluation_s = time.thread_time() - begin_s
-        forecasts = [
-            sensitivity.forecast(exact, other)
-            for sensitivity, exact, other in zip(
-                self._sensitivities, self._caches, decoded, strict=True
-            )
-        ]
-        return Row(
-            name=space.name_of(point),
-            digest=short(strategy.digest),
-            ratio=native / wire,
-            encode_s=min(encode_s),
-            decode_s=min(decode_s),
-            evaluation_s=evaluation_s,
-            kl=losses,
-            forecast=tuple((one.directed, one.scattered) for one in forecasts),
-        )
-
-    def _losses(self, decoded: list[KV], *, lossless: bool) -> tuple[tuple[float, ...], ...]:
-        count = SETTINGS.continuation_tokens // SETTINGS.block_tokens
-        if lossless:
+        if codec.lossless:
             for one, other in zip(self._caches, decoded, strict=True):
                 if not (
                     torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
                 ):
                     raise ArtifactError("strategy", "says it is lossless, and is not")
-            return ((0.0,) * count,) * len(decoded)
-        scored = self._model.log_probabilities_of(self._tokens, decoded)
+        return _Coded(
+            decoded=decoded,
+            lossless=codec.lossless,
+            ratio=native / wire,
+            encode_s=min(encode_s),
+            decode_s=min(decode_s),
+            spent_s=time.thread_time() - begin_s,
+        )
+
+    def _losses(self, decoded: Sequence[Sequence[KV]]) -> list[tuple[tuple[float, ...], ...]]:
+        """Return for each strategy, window and stretch the divergence."""
+        if not decoded:
+            return []
+        caches = [cache for one in decoded for cache in one]
+        scored = iter(self._model.log_probabilities_of(self._tokens * len(decoded), caches))
         losses = []
-        for exact, other in zip(self._exact, scored, strict=True):
-            blocks = divergence(exact, other).reshape(count, -1)
-            losses.append(tuple(float(x) for x in np.mean(blocks, axis=1)))
-        return tuple(losses)
+        for _ in decoded:
+            blocks = [
+                divergence(exact, next(scored)).reshape(self._stretches, -1).mean(axis=1).tolist()
+                for exact in self._exact
+            ]
+            losses.append(tuple(map(tuple, blocks)))
+        return losses
 
 
-class _Log:
-    """What was measured so far: a line of provenance, then a line for each strategy; several shards may write it."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Coded:
+    """What came out of a codec, and what it took; ``spent_s`` is of all windows."""
 
-    def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
-        self._path = path
-        self._basis = json.dumps(provenance, sort_keys=True)
-        self.rows: dict[str, Row] = {}
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._basis + "\n")
-        self.read()
-
-    def read(self) -> None:
-        """Read what is there."""
-        basis, *lines = self._path.read_text().split("\n")
-        if basis != self._basis:
-            raise ArtifactError(
-                "--log", f"{self._path} is of another measurement: remove it to begin anew"
-            )
-        for line in lines:
-            # a line cut short by a kill is no JSON; its strategy is measured again
-            with contextlib.suppress(ValueError):
-                row = Row.from_json(json.loads(line))
-                self.rows[row.name] = row
-
-    def add(self, row: Row) -> None:
-        """Keep a row, whatever happens next."""
-        self.rows[row.name] = row
-        with self._path.open("a") as file:
-            file.write("\n" + json.dumps(row.to_json()))
+    decoded: Sequence[KV]
+    lossless: bool
+    ratio: float
+    encode_s: float
+    decode_s: float
+    spent_s: float
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, tuple[Sequence[str], str]]]:
