@@ -72,14 +72,19 @@ def test_delay_to_others() -> None:
 
 def test_coding_costs_what_engines_compute() -> None:
     """Of 3 requests here and 1 there that wait for coders, 2 s of encoding and 0.5 s of decoding take 6.5 s."""
-    link = Link(bytes_per_s=1e6, encode_delays=3.0, decode_delays=1.0)
-    costs = {"encode": StageCost(offset_s=2.0), "decode": StageCost(offset_s=0.5)}
-    one = predict(native_bytes=1e6, ratio=1, link=link, **costs)
-    assert one.others_s == pytest.approx(6.5)
-    assert (
-        one.total_s
-        == predict(native_bytes=1e6, ratio=1, link=Link(bytes_per_s=1e6), **costs).total_s
+    alone = Link(bytes_per_s=1e6)
+    beside, by_itself = (
+        predict(
+            native_bytes=1e6,
+            ratio=1,
+            encode=StageCost(offset_s=2.0),
+            decode=StageCost(offset_s=0.5),
+            link=link,
+        )
+        for link in (replace(alone, encode_delays=3.0, decode_delays=1.0), alone)
     )
+    assert beside.others_s == pytest.approx(6.5)
+    assert beside.total_s == by_itself.total_s
 
 
 @given(st.tuples(seconds, seconds, seconds), st.integers(1, 1000))
