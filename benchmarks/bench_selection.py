@@ -97,10 +97,11 @@ def _measure(work: Callable[[int], object]) -> dict[str, float]:
     gc.collect()
     gc.disable()
     for index in range(-WARM_UP, ROUNDS):
-        start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        start_cpu_ns = time.thread_time_ns()
+        start_ns = time.perf_counter_ns()
         work(index)
-        cpu_ns[index] = time.thread_time_ns() - start_cpu_ns
         wall_ns[index] = time.perf_counter_ns() - start_ns
+        cpu_ns[index] = time.thread_time_ns() - start_cpu_ns
     gc.enable()
     return {
         f"{name}_p{percent}_us": float(np.percentile(times_ns, percent)) / 1e3

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from kvserve_api.latency import NO_LOAD, Link
 from kvserve_connector.loads import TINY_S, Arrivals, Coders
@@ -41,19 +41,15 @@ MAX_BYTES_PER_S: Final = 1e12
 MAX_LINKS: Final = 256
 
 _TCP_INFO: Final = 11
-# offsets in struct tcp_info of linux/tcp.h, which only ever grows at its end
-_BYTES_ACKED: Final = struct.Struct("<Q")
-_BYTES_ACKED_AT: Final = 120
-_MIN_RTT: Final = struct.Struct("<I")
-_MIN_RTT_AT: Final = 148
-_RATE_BUSY_RWND: Final = struct.Struct("<3Q")
-_RATE_AT: Final = 160
+# of struct tcp_info in linux/tcp.h, which only ever grows at its end: bytes_acked, min_rtt, delivery_rate, busy_time,
+# rwnd_limited
+_ACCOUNT: Final = struct.Struct("<Q20xI8x3Q")
+_ACCOUNT_AT: Final = 120
 _INFO_BYTES: Final = 192
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TcpProgress:
-    """The kernel's account of what one connection has sent.
+class TcpProgress(NamedTuple):
+    """The kernel's account of what one connection has sent; read for every choice, so it must cost little.
 
     Attributes:
         acked_bytes: Bytes the other side has acknowledged.
@@ -76,16 +72,15 @@ class TcpProgress:
             info = connection.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_BYTES)
         except OSError:
             return None
-        if len(info) < _RATE_AT + _RATE_BUSY_RWND.size:
+        if len(info) < _ACCOUNT_AT + _ACCOUNT.size:
             return None
-        rate, busy_us, reader_us = _RATE_BUSY_RWND.unpack_from(info, _RATE_AT)
-        (min_rtt_us,) = _MIN_RTT.unpack_from(info, _MIN_RTT_AT)
+        acked, min_rtt_us, rate, busy_us, reader_us = _ACCOUNT.unpack_from(info, _ACCOUNT_AT)
         return cls(
-            acked_bytes=_BYTES_ACKED.unpack_from(info, _BYTES_ACKED_AT)[0],
-            busy_s=max(0, busy_us - reader_us) / 1e6,
-            delivery_bytes_per_s=float(rate),
+            acked,
+            (busy_us - reader_us) / 1e6 if busy_us > reader_us else 0.0,
+            float(rate),
             # a connection that has measured none holds the largest value
-            min_rtt_s=0.0 if min_rtt_us == 0xFFFFFFFF else min_rtt_us / 1e6,
+            0.0 if min_rtt_us == 0xFFFFFFFF else min_rtt_us / 1e6,
         )
 
 
@@ -294,6 +289,8 @@ class LinkState:
 
     def _learn(self, *, final: bool) -> None:
         """Learn from what was seen since the last sample, if that is enough for one."""
+        if not self._acked_bytes and not self._busy_s:
+            return
         time_s = self._now_s()
         busy_s = min(self._busy_s, time_s - self._since_s)
         slack_s = self._slack_s

@@ -4,7 +4,6 @@ import contextlib
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -203,10 +202,9 @@ class Watched:
     def send(self, acked_bytes: int, busy_s: float, wall_s: float = 1.0) -> float:
         """Let bytes be acknowledged after some time, and return what is thought of the link then."""
         self.now_s += wall_s
-        self._progress = replace(
-            self._progress,
-            acked_bytes=self._progress.acked_bytes + acked_bytes,
-            busy_s=self._progress.busy_s + busy_s,
+        last = self._progress
+        self._progress = last._replace(
+            acked_bytes=last.acked_bytes + acked_bytes, busy_s=last.busy_s + busy_s
         )
         self._link.sample(self._connection)
         return self._link.snapshot(PRIOR).bytes_per_s
