@@ -19,7 +19,7 @@ from controller_queue import Capacity, Tandem, Work
 from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE, ParetoSet
 from pd_load import LENGTHS, course, mean_tokens
-from pd_plan import BITS_A_TOKEN, GENERATED, KVSERVE, RAW
+from pd_plan import BITS_A_TOKEN, GENERATED, KVSERVE, LOAD, RAW
 
 CHUNKS: Final = 6
 MEMORY_SHARE: Final = 0.25
@@ -173,7 +173,7 @@ def _gpu(gpu: roofline.Gpu, pareto: ParetoSet) -> Iterator[dict[str, Any]]:
         if name in profiles
     }
     prefill_s = 2 * PARAMETERS / (PREFILL_SHARE * gpu.tensor_per_s["bfloat16"])
-    per_s = 0.5 / (prefill_s * mean_tokens() * LONGER)
+    per_s = LOAD / (prefill_s * mean_tokens() * LONGER)
     arrivals = [(at_s, LONGER * tokens) for at_s, tokens in course(REQUESTS, per_s, 1)]
     policies = {name: [codec] for name, codec in codecs.items()} | {KVSERVE: list(codecs.values())}
     for gbit in GBITS:

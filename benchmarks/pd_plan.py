@@ -41,6 +41,9 @@ PHASE_S: Final = 6.0
 SWITCH_S: Final = 2.5
 """A policy's table reaching the engines."""
 START_S: Final = 75.0
+LOAD: Final = 0.3
+"""Where the engines' cores are two threads of one, each takes up to 1.6 times as long while the other computes, and
+coding comes on top: half the time alone was nearly all of it, and a cell showed little but the luck of its queue."""
 GENERATED: Final = 16
 """Tokens generated a request."""
 
@@ -121,8 +124,8 @@ class Speeds:
 
     @property
     def per_s(self) -> float:
-        """An open load that keeps the prefill engine busy half the time."""
-        return 0.5 / (self.prefill_s_per_token * self.mean_tokens)
+        """An open load that would keep the prefill engine alone busy for `LOAD` of the time."""
+        return LOAD / (self.prefill_s_per_token * self.mean_tokens)
 
 
 def plan(speeds: Speeds, *, budget_s: float, quick: bool) -> tuple[Condition, ...]:
