@@ -22,6 +22,8 @@ COLOURS: Final = {
     "joint-3": "#8fb8d8",
     "joint-3-fine": "#b7cde0",
     "joint-10": "#5f8fb5",
+    "joint-layer": "#0b6e4f",
+    "focus-3-fine": "#c9a227",
     "focus-3": "#e0a458",
     "int8-token": "#b5b5b5",
 }
