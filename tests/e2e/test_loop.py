@@ -104,6 +104,8 @@ def loop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             max_tokens=8,
             otlp_endpoint=receiver.endpoint,
             prompts=PROMPTS,
+            # enough to believe in a twentieth, whichever profile was used before
+            slowed_rounds=3,
             policy=file,
         )
         chat.apply(cluster, [_object("Namespace", NAMESPACE), ITEMS], NAMESPACE)

@@ -45,6 +45,8 @@ class Settings:
         prompts: How many of the example's prompts to send in each phase.
         policy: File of the policy to apply; None for the example's.
         coder_share: What the prefill pod's encoding threads get of a processor in the last phase.
+        slowed_rounds: How often that phase sends the prompts: with each transfer a coder is believed to be slower by a
+            factor of two at most.
         calibration_tokens: Tokens that the profiling Job calibrates with; fewer than it would take by itself, so that
             the demo takes minutes on two cores.
     """
@@ -58,6 +60,7 @@ class Settings:
     prompts: int = 6
     calibration_tokens: int = 8192
     coder_share: float = 0.05
+    slowed_rounds: int = 2
     policy: Path | None = None
 
 
@@ -228,12 +231,18 @@ class Job:
         return policy
 
     def _phase(
-        self, cluster: Cluster, router: str, decode: str, mbit: int | None, mode: str
+        self,
+        cluster: Cluster,
+        router: str,
+        decode: str,
+        mbit: int | None,
+        mode: str,
+        rounds: int = 1,
     ) -> report.Phase:
         if mbit is not None:
             self._shape(cluster, mbit)
         before = self._traffic(decode)
-        answers = self._phase_requests(router, mbit, mode, prompts=self._prompts())
+        answers = self._phase_requests(router, mbit, mode, prompts=self._prompts() * rounds)
         after = self._traffic(decode)
         if failures := after.failures - before.failures:
             raise RuntimeError(f"KV was recomputed though nothing was broken: {dict(failures)}")
@@ -253,7 +262,12 @@ class Job:
         cluster.throttle(prefill, CODER_THREAD, share, namespace=NAMESPACE)
         try:
             phase = self._phase(
-                cluster, router, decode, self.settings.fast_mbit, "kvserve, slow coder"
+                cluster,
+                router,
+                decode,
+                self.settings.fast_mbit,
+                "kvserve, slow coder",
+                rounds=self.settings.slowed_rounds,
             )
         finally:
             cluster.throttle(prefill, CODER_THREAD, 1.0, namespace=NAMESPACE)
