@@ -55,7 +55,9 @@ BUDGETS_BP: Final = (100, 70, 10)
 """Each is another table."""
 MOST_WAIT_S: Final = 60.0
 SETTLE_S: Final = 2.0
+"""After connecting, before the processor time of reports is measured."""
 IDLE_S: Final = 6.0
+"""For so long it is."""
 Version = tuple[int, int]
 TARGETS: Final = {
     "change_p99_s": 0.5,

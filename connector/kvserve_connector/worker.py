@@ -157,7 +157,7 @@ class WorkerHalf:
         self._cache = cache
         self._form = cache.form
         if cache.at_once:
-            # a GPU computes beside the processors that code, or codes beside
+            # an engine on a GPU does not compute on processors that coding could take from it
             self._processors = processors()
         if cache.at_once and cache.form.opaque is None and not self._engine.splits_steps:
             names = cache.form.parts[0].group.layer_names

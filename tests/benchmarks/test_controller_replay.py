@@ -95,7 +95,7 @@ def test_controller_hears_late_and_learns() -> None:
     assert replay(subject, KVServe(subject, bandit=False)).chosen[-1] != first
     without = replay(subject, KVServe(subject, bandit=False, residuals=False))
     assert set(without.chosen) == {first}
-    # unless its transfers wait for each other: a queue of promises tells as much
+    # unless its transfers wait for each other: the queue tells, too
     queued = replace(subject, arrivals=scenario(count=60).arrivals)
     without = replay(queued, KVServe(queued, bandit=False, residuals=False))
     assert 10 < without.chosen.count(first) < 50
