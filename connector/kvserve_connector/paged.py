@@ -41,8 +41,7 @@ class PagedCache:
         keys = torch.empty(shape, dtype=self._dtype)
         values = torch.empty(shape, dtype=self._dtype)
         for row, layer in enumerate(layers):
-            for out, blocks in zip((keys, values), self._layers[layer].read(ids), strict=True):
-                out[row].copy_(blocks.reshape(-1, heads, dim)[skip : skip + len(tokens)])
+            self._layers[layer].read(ids, skip, keys[row], values[row])
         return keys, values
 
     def write(

@@ -1,7 +1,7 @@
 """Blocks whose elements lie in tiles with pairs side by side, as matrix units like them (AMX, on CPUs).
 
 Keys hold pairs of dimensions, values pairs of tokens. Copied pair by pair, as one element of twice the size, a block
-takes less than half the time of gathering each element from its place; written by native code, about half of that.
+takes less than half the time of gathering each element from its place; copied by native code, about half of that.
 """
 
 import sys
@@ -11,11 +11,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from kvserve_kernels.tiles import put
+from kvserve_kernels.tiles import put, take
 
-_SINGLE: Final = {2: np.uint16, 4: np.uint32}
 _PAIR: Final = {2: np.uint32, 4: np.uint64}
-_SIGNED: Final = {2: np.int16, 4: np.int32}
 _TORCH: Final = {2: torch.int16, 4: torch.int32}
 PAIR: Final = 2
 _FIRST: Final = np.zeros(1, np.int64)
@@ -41,21 +39,46 @@ class Tiles:
         """Tokens can be written in multiples of this."""
         return int(self.pairs.shape[3]) * (PAIR if self.of_tokens else 1)
 
-    def read(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """Return ``[blocks, block_tokens, heads, dim]`` of whole blocks."""
-        taken = self.pairs[block_ids.numpy()].transpose(0, 2, 3, 1, 4, 5)
-        blocks, heads = taken.shape[0], taken.shape[3]
-        rows = np.ascontiguousarray(taken).reshape(
-            blocks, -1, heads, taken.shape[4] * taken.shape[5]
-        )
-        single = _SINGLE[self.dtype.itemsize]
-        if self.of_tokens:
-            bits = 8 * self.dtype.itemsize
-            both = np.stack([rows.astype(single), (rows >> bits).astype(single)], axis=2)
-            rows = both.reshape(blocks, -1, heads, rows.shape[3])
-        else:
-            rows = rows.view(single)
-        return torch.from_numpy(rows.view(_SIGNED[self.dtype.itemsize])).view(self.dtype)
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return int(self.pairs.shape[2]) * self.step
+
+    def read(self, block_ids: torch.Tensor, skip: int, out: torch.Tensor) -> None:
+        """Copy tokens of consecutive blocks.
+
+        Args:
+            block_ids: The blocks.
+            skip: The first token to copy, counted from the first block's.
+            out: ``[tokens, heads, dim]``, contiguous.
+        """
+        ids, rows = block_ids.numpy(), out.view(_TORCH[self.dtype.itemsize]).numpy()
+        done = 0
+        while done < len(rows):
+            index, offset = divmod(skip + done, self.block_tokens)
+            left = len(rows) - done
+            whole = 0 if offset else left // self.block_tokens
+            if whole:
+                count = whole * self.block_tokens
+                self._take(rows[done : done + count], ids[index : index + whole], self.pairs)
+            else:
+                count = self._read_part(int(ids[index]), offset, rows[done:])
+            done += count
+
+    def _read_part(self, block: int, offset: int, rows: np.ndarray) -> int:
+        """Copy tokens of one block from an offset on, as many as lie side by side in it; return how many."""
+        group, start = divmod(offset, self.step)
+        groups = min(len(rows), self.block_tokens - offset) // self.step
+        if start or not groups:
+            # part of one step
+            step = np.empty((self.step, *rows.shape[1:]), rows.dtype)
+            self._take(step, _FIRST, self.pairs[block : block + 1, :, group : group + 1])
+            count = min(len(rows), self.step - start)
+            rows[:count] = step[start : start + count]
+            return count
+        count = groups * self.step
+        self._take(rows[:count], _FIRST, self.pairs[block : block + 1, :, group : group + groups])
+        return count
 
     def write(self, block: int, offset: int, states: torch.Tensor) -> None:
         """Write ``[tokens, heads, dim]`` into one block from a token offset on; both are multiples of `step`."""
@@ -70,6 +93,9 @@ class Tiles:
         rows = states.contiguous().view(_TORCH[self.dtype.itemsize]).numpy()
         put(rows, blocks, pairs, of_tokens=self.of_tokens)
 
+    def _take(self, rows: np.ndarray, blocks: np.ndarray, pairs: np.ndarray) -> None:
+        take(rows, blocks, pairs, of_tokens=self.of_tokens)
+
 
 def tiled(half: torch.Tensor, tokens: int, dim: int, order: torch.Tensor) -> Tiles | None:
     """View one half of a cache in tiles, if its order is one of tiles with pairs.
@@ -83,7 +109,7 @@ def tiled(half: torch.Tensor, tokens: int, dim: int, order: torch.Tensor) -> Til
         order: ``[tokens * dim]`` int64: where the canonical element ``token * dim + d`` is stored.
     """
     size = half.element_size()
-    if sys.byteorder != "little" or size not in _SINGLE or half.stride(2) != 1:
+    if sys.byteorder != "little" or size not in _PAIR or half.stride(2) != 1:
         return None
     places = order.view(tokens, dim)
     rows, columns = _axis(places[:, 0]), _axis(places[0])

@@ -12,8 +12,17 @@ from kvserve_connector.tiles import Tiles
 class LayerView(Protocol):
     """One layer's cache, read and written block by block in canonical order."""
 
-    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values ``[blocks, block_tokens, heads, dim]`` of whole blocks."""
+    def read(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Copy tokens of consecutive blocks.
+
+        Args:
+            block_ids: The blocks.
+            skip: The first token to copy, counted from the first block's.
+            keys: Where to, ``[tokens, heads, dim]``, contiguous.
+            values: The same.
+        """
         ...
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -39,9 +48,12 @@ class StridedView:
     keys: torch.Tensor
     values: torch.Tensor
 
-    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
-        return self.keys[block_ids].permute(0, 2, 1, 3), self.values[block_ids].permute(0, 2, 1, 3)
+        for source, target in ((self.keys, keys), (self.values, values)):
+            _cut(source[block_ids].permute(0, 2, 1, 3), skip, target)
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `LayerView`."""
@@ -78,15 +90,14 @@ class PermutedView:
     key_places: torch.Tensor
     value_places: torch.Tensor
 
-    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
         blocks = self.halves[block_ids]
         shape = (*blocks.shape[:2], -1, self.dim)
-        keys, values = (
-            _take(blocks[:, :, half], order).view(shape).permute(0, 2, 1, 3)
-            for half, order in enumerate((self.key_order, self.value_order))
-        )
-        return keys, values
+        for half, order, target in ((0, self.key_order, keys), (1, self.value_order, values)):
+            _cut(_take(blocks[:, :, half], order).view(shape).permute(0, 2, 1, 3), skip, target)
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `LayerView`."""
@@ -123,9 +134,12 @@ class TiledView:
     values: Tiles
     single: PermutedView
 
-    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
-        return self.keys.read(block_ids), self.values.read(block_ids)
+        self.keys.read(block_ids, skip, keys)
+        self.values.read(block_ids, skip, values)
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `LayerView`."""
@@ -161,13 +175,16 @@ class BlockView:
     heads: int
     dim: int
 
-    def read(self, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
         content = self.blocks[block_ids].contiguous().flatten(1).view(torch.uint8)
         halves = torch.zeros(len(block_ids), 2 * self.heads * self.dim, dtype=torch.uint8)
         halves[:, : content.shape[1]] = content
         rows = halves.view(len(block_ids), 2, 1, self.heads, self.dim)
-        return rows[:, 0], rows[:, 1]
+        _cut(rows[:, 0], skip, keys)
+        _cut(rows[:, 1], skip, values)
 
     def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `LayerView`."""
@@ -181,6 +198,11 @@ class BlockView:
     ) -> None:
         """See `LayerView`."""
         _one_by_one(self, block_ids, keys, values)
+
+
+def _cut(blocks: torch.Tensor, skip: int, out: torch.Tensor) -> None:
+    """Copy tokens out of ``[blocks, block_tokens, heads, dim]``, from one on."""
+    out.copy_(blocks.reshape(-1, *out.shape[1:])[skip : skip + len(out)])
 
 
 def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

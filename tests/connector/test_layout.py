@@ -52,9 +52,19 @@ def test_cpu_layouts_agree_with_vllm(
     # pairs of four bytes each are not what matrix units take
     plain = isa == "amx" and dtype == torch.float32
     assert isinstance(view, PermutedView if plain else form)
-    found = paged([view], block, name).read(range(1), range(3, tokens), ids)
-    assert torch.equal(found[0][0], keys[3:])
-    assert torch.equal(found[1][0], values[3:])
+    source = paged([view], block, name)
+    # all, from within, a whole block, across an edge, ends of a tile, one token
+    for start, stop in (
+        (0, tokens),
+        (3, tokens),
+        (block, 2 * block),
+        (block - 1, block + 1),
+        (5, 38),
+        (17, 18),
+    ):
+        found = source.read(range(1), range(start, stop), ids)
+        assert torch.equal(found[0][0], keys[start:stop])
+        assert torch.equal(found[1][0], values[start:stop])
 
     ours = torch.zeros_like(theirs)
     target = paged([split_halves(ours, DIM, *orders)], block, name)

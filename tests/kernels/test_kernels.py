@@ -391,7 +391,7 @@ def test_tiles(
     order: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every pair lies where the tiles' strides say, in the blocks that were named, and nothing else changes."""
+    """Every pair lies where the strides say, in the blocks named, nothing else changes, and all of it comes back."""
     monkeypatch.setenv("KVSERVE_SIMD", level)
     shape = (4, 2, 2, inner, groups, columns)
     pair, word = np.dtype(f"u{2 * size}"), np.dtype(f"u{size}")
@@ -415,7 +415,12 @@ def test_tiles(
             low, high = rows[row, head, 2 * place], rows[row, head, 2 * place + 1]
         expected[(blocks[block], *at[1:])] = int(low) | int(high) << 8 * size
     assert np.array_equal(target, expected)
-    with pytest.raises(IndexError):
-        tiles.put(rows, np.array([3, 4]), target, of_tokens=of_tokens)
-    with pytest.raises(ValueError, match="do not fill"):
-        tiles.put(rows[1:], blocks, target, of_tokens=of_tokens)
+    back = np.zeros_like(rows)
+    tiles.take(back, blocks, target, of_tokens=of_tokens)
+    assert np.array_equal(back, rows)
+    assert np.array_equal(target, expected)
+    for copy in (tiles.put, tiles.take):
+        with pytest.raises(IndexError):
+            copy(rows, np.array([3, 4]), target, of_tokens=of_tokens)
+        with pytest.raises(ValueError, match="do not fill"):
+            copy(rows[1:], blocks, target, of_tokens=of_tokens)

@@ -203,6 +203,9 @@ for at in range(int(sys.argv[3])):
     tiles.put(rows, blocks, ours, of_tokens=of_tokens)
     tiles_ref.put(rows, blocks, theirs, of_tokens=of_tokens)
     assert (ours == theirs).all()
+    back = np.zeros_like(rows)
+    tiles.take(back, blocks, ours, of_tokens=of_tokens)
+    assert (back == rows).all()
 print(at + 1)
 """
 

@@ -39,6 +39,7 @@ _SIGNATURES: Final = {
     "kvserve_absmax_encode": (None, (_INT, _P, _I64, _I64, ctypes.c_float, _P, _P, _INT)),
     "kvserve_finite": (_INT, (_P, _I64, _INT)),
     "kvserve_tiles": (None, (_INT, _I64, _P, _P, _P, _P, _P)),
+    "kvserve_tiles_back": (None, (_INT, _I64, _P, _P, _P, _P, _P)),
 }  # fmt: skip
 
 

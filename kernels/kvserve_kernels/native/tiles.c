@@ -1,4 +1,4 @@
-/* Rows of 16-bit numbers into tiles with pairs side by side, as matrix units like them. */
+/* Rows of 16-bit numbers into tiles with pairs side by side, as matrix units like them, and back. */
 #include <stdint.h>
 #include <string.h>
 
@@ -19,11 +19,29 @@ static inline void turn(const uint16_t *from, int64_t row, uint32_t *to, int64_t
     _mm_storeu_si128((void *)(to + 2 * column), _mm_unpacklo_epi64(high, high2));
     _mm_storeu_si128((void *)(to + 3 * column), _mm_unpackhi_epi64(high, high2));
 }
+
+/* And back. */
+static inline void turn_back(const uint32_t *from, int64_t column, uint16_t *to, int64_t row)
+{
+    __m128i a[SQUARE];
+    for (int i = 0; i < SQUARE; i++)
+        a[i] = _mm_loadu_si128((const void *)(from + i * column));
+    const __m128i low = _mm_unpacklo_epi32(a[0], a[1]), high = _mm_unpackhi_epi32(a[0], a[1]);
+    const __m128i low2 = _mm_unpacklo_epi32(a[2], a[3]), high2 = _mm_unpackhi_epi32(a[2], a[3]);
+    _mm_storeu_si128((void *)to, _mm_unpacklo_epi64(low, low2));
+    _mm_storeu_si128((void *)(to + row), _mm_unpackhi_epi64(low, low2));
+    _mm_storeu_si128((void *)(to + 2 * row), _mm_unpacklo_epi64(high, high2));
+    _mm_storeu_si128((void *)(to + 3 * row), _mm_unpackhi_epi64(high, high2));
+}
 #else
 #define SQUARE (1 << 30)
 static inline void turn(const uint16_t *from, int64_t row, uint32_t *to, int64_t column)
 {
     (void)from, (void)row, (void)to, (void)column;
+}
+static inline void turn_back(const uint32_t *from, int64_t column, uint16_t *to, int64_t row)
+{
+    (void)from, (void)column, (void)to, (void)row;
 }
 #endif
 
@@ -64,6 +82,44 @@ static void tokens(
     }
 }
 
+static void dimensions_back(
+    const uint32_t *from, uint16_t *to, int64_t row, int64_t inner, int64_t inner_stride, int64_t pairs,
+    int64_t columns, int64_t group_stride, int64_t column_stride)
+{
+    const int64_t even = columns == 1 ? group_stride : column_stride;
+    const int squares = inner_stride == 1 && (columns == 1 || columns == pairs);
+    const int64_t whole_inner = squares ? inner / SQUARE * SQUARE : 0;
+    const int64_t whole_pairs = squares ? pairs / SQUARE * SQUARE : 0;
+    for (int64_t i = 0; i < whole_inner; i += SQUARE)
+        for (int64_t p = 0; p < whole_pairs; p += SQUARE)
+            turn_back(from + p * even + i, even, to + i * row + 2 * p, row);
+    for (int64_t i = 0; i < inner; i++)
+        for (int64_t p = i < whole_inner ? whole_pairs : 0; p < pairs; p++)
+            memcpy(
+                to + i * row + 2 * p,
+                from + i * inner_stride + p / columns * group_stride + p % columns * column_stride, sizeof *from);
+}
+
+static void tokens_back(
+    const uint32_t *restrict from, uint16_t *restrict to, int64_t row, int64_t groups, int64_t columns,
+    int64_t group_stride, int64_t column_stride)
+{
+    for (int64_t g = 0; g < groups; g++) {
+        uint16_t *even = to + g * columns, *odd = even + row;
+        const uint32_t *in = from + g * group_stride;
+        if (column_stride == 1)
+            for (int64_t c = 0; c < columns; c++) {
+                even[c] = (uint16_t)in[c];
+                odd[c] = (uint16_t)(in[c] >> 16);
+            }
+        else
+            for (int64_t c = 0; c < columns; c++) {
+                even[c] = (uint16_t)in[c * column_stride];
+                odd[c] = (uint16_t)(in[c * column_stride] >> 16);
+            }
+    }
+}
+
 /*
  * from: for each of `count` blocks [outer * inner (* 2) tokens, heads, groups * columns (* 2)], contiguous; whichever of
  * the two makes pairs. shape: heads, outer, inner, groups, columns. strides: of a block and of each of these in `to`, in
@@ -85,5 +141,25 @@ void kvserve_tiles(
             else
                 for (int64_t i = 0; i < inner; i++)
                     tokens(in + 2 * i * row, row, out + i * strides[3], groups, columns, strides[4], strides[5]);
+        }
+}
+
+/* The other way: what `kvserve_tiles` has written comes back. */
+void kvserve_tiles_back(
+    int of_tokens, int64_t count, const int64_t *blocks, uint16_t *to, const int64_t *shape, const int64_t *strides,
+    const uint32_t *from)
+{
+    const int64_t heads = shape[0], outer = shape[1], inner = shape[2], groups = shape[3], columns = shape[4];
+    const int64_t dim = groups * columns * (of_tokens ? 1 : 2), row = heads * dim;
+    const int64_t step = inner * (of_tokens ? 2 : 1);
+    for (int64_t t = 0; t < count * outer; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            const uint32_t *in = from + blocks[t / outer] * strides[0] + t % outer * strides[2] + h * strides[1];
+            uint16_t *out = to + t * step * row + h * dim;
+            if (!of_tokens)
+                dimensions_back(in, out, row, inner, strides[3], groups * columns, columns, strides[4], strides[5]);
+            else
+                for (int64_t i = 0; i < inner; i++)
+                    tokens_back(in + i * strides[3], out + 2 * i * row, row, groups, columns, strides[4], strides[5]);
         }
 }

@@ -1,5 +1,5 @@
-"""Rows of numbers into tiles with pairs side by side."""
+"""Rows of numbers into tiles with pairs side by side, and back."""
 
-from kvserve_kernels.tiles.tiles_cpu import put
+from kvserve_kernels.tiles.tiles_cpu import put, take
 
-__all__ = ["put"]
+__all__ = ["put", "take"]

@@ -22,3 +22,19 @@ def put(
     _, heads, outer, inner, groups, columns = tiles.shape
     pairs = pairs.reshape(len(blocks), outer, inner, heads, groups, columns)
     tiles[blocks] = pairs.transpose(0, 3, 1, 2, 4, 5)
+
+
+def take(
+    rows: NDArray[Any], blocks: NDArray[np.int64], tiles: NDArray[Any], *, of_tokens: bool
+) -> None:
+    """Copy blocks of tiles into rows; see `kvserve_kernels.tiles.take`."""
+    size = rows.itemsize
+    words = rows.view(_WORD[size])
+    heads = tiles.shape[1]
+    pairs = np.ascontiguousarray(tiles[blocks].transpose(0, 2, 3, 1, 4, 5))
+    if of_tokens:
+        pairs = pairs.reshape(-1, heads, rows.shape[2])
+        words[0::2] = pairs.astype(_WORD[size])
+        words[1::2] = (pairs >> 8 * size).astype(_WORD[size])
+    else:
+        words[:] = pairs.view(_WORD[size]).reshape(rows.shape)
