@@ -63,9 +63,10 @@ class StageCost:
         return cost
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# not frozen, as `Link` is not: a frozen one takes more than twice as long to make, and each transfer makes three
+@dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class Load:
-    """What a link, or a coder, was asked for lately.
+    """What a link, or a coder, was asked for lately; never changed once made.
 
     Attributes:
         arrivals_per_s: Transfers a second; 0 where nothing is known.
@@ -89,9 +90,9 @@ MOST_UTILISATION: Final = 0.95
 NO_LOAD: Final = Load()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class Link:
-    """What is known now of the way from one producer to one consumer.
+    """What is known now of the way from one producer to one consumer; never changed once made.
 
     Attributes:
         bytes_per_s: Goodput in wire bytes a second.

@@ -5,14 +5,13 @@ needs of these is passed in.
 """
 
 import math
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from kvserve_api.latency import MOST_UTILISATION, Link
 from kvserve_api.policy import Goal, Mode
-from kvserve_api.profile_set import NONE
-from kvserve_api.table import DecisionTable, Row
+from kvserve_api.profile_set import DEFAULT_CLASS, NONE
+from kvserve_api.table import DecisionTable
 
 LEAST_GAIN: Final = 0.5
 """What it could gain then must be half of what it is believed to lose, or its chance is below one in four."""
@@ -36,8 +35,7 @@ class Bound(StrEnum):
     OPAQUE = "OpaqueCache"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class Selection(NamedTuple):
     """What was chosen for one transfer, and why.
 
     Attributes:
@@ -65,11 +63,19 @@ TIGHT: Final = 1
 """In time, but by so little that it does not take the place of a profile in use."""
 LATE: Final = 2
 UNSTABLE: Final = 3
-SAFE: Final = 1 - 1e-9
-"""What rounding may add to a sum of times is far less."""
-_Weighed: TypeAlias = tuple[str, float, float, float, float, float, tuple[float, float, float]]
-"""A candidate's name, time, merit, times of encoding, wire and decoding, and hopes."""
+ROUNDED: Final = 1 + 1e-9
+"""What rounding may take from a sum of times is far less."""
+_Weighed: TypeAlias = tuple[int, str, float, float, float, float, float, tuple[float, float, float]]
+"""A candidate's turn, name, time, merit, times of encoding, wire and decoding, and hopes."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
+# to look a member up in its enum takes as long as ten comparisons, and a transfer waits
+_ACTIVE: Final = Mode.ACTIVE
+_LATENCY: Final = Goal.MINIMIZE_LATENCY
+_OFF_MODE: Final = Mode.OFF
+_QUALITY: Final = Goal.MAXIMIZE_QUALITY
+_SHADOW: Final = Mode.SHADOW
+_KEPT: Final = Bound.KEPT
+_INFINITY: Final = math.inf
 
 
 def select(
@@ -103,23 +109,23 @@ def select(
         incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis.
         allowance_s: What trying out another candidate may be expected to cost now, in seconds; 0 tries nothing.
     """
-    if table.mode == Mode.OFF:
+    mode = table.mode
+    if mode is _OFF_MODE:
         return _OFF
     if expired:
         return _fixed(table, table.fallback, Bound.EXPIRED, decodable)
     if table.pinned is not None:
         return _fixed(table, table.pinned, Bound.PINNED, decodable)
-    rows = table.rows.get(workload_class)
-    if rows is None:
-        workload_class = "default"
-        rows = table.rows[workload_class]
-    rule = table.rules[workload_class]
-    if decodable is None:
-        rows = table.led[workload_class].get(incumbent or "", rows)
-    else:
-        rows = tuple(row for row in rows if row.name == NONE or _known(table, row, decodable))
-    if not rows:
-        return _fixed(table, table.fallback, Bound.PEER, decodable)
+    rule = table.rules.get(workload_class)
+    if rule is None:
+        workload_class = DEFAULT_CLASS
+        rule = table.rules[workload_class]
+    led = table.rows[workload_class]
+    rows = led.get(incumbent) or led[None]
+    if decodable is not None:
+        rows = tuple(row for row in rows if row[0] == NONE or _known(table, row[0], decodable))
+        if not rows:
+            return _fixed(table, table.fallback, Bound.PEER, decodable)
 
     # all of `latency.predict`, unfolded and in the same order of operations: a transfer waits for this
     bytes_per_s = link.bytes_per_s
@@ -128,29 +134,33 @@ def select(
     decode_wait_s = link.decode_backlog_s
     rtt_s = link.rtt_s
     encode_factor = link.encode_factor
-    waiting_s = rtt_s + max(encode_wait_s, wire_wait_s, decode_wait_s)
-    more = chunks - 1
-    deadline_s = rule.deadline_s
-    limit_s = deadline_s
-    if incumbent is not None and deadline_s < math.inf and rule.goal is not Goal.MINIMIZE_LATENCY:
-        limit_s = deadline_s / (1 + table.hysteresis)
-    link_rate, coder_rate = link.load.arrivals_per_s, link.encoder_load.arrivals_per_s
-    link_load = link.load.native_bytes_per_s / native_bytes
-    coder_load = link.encoder_load.native_bytes_per_s / native_bytes
-    loaded = link_rate > 0 or coder_rate > 0
     encode_delays, decode_delays = link.encode_delays, link.decode_delays
+    more = chunks - 1
+    link_load, coder_load = link.load, link.encoder_load
+    link_rate, coder_rate = link_load.arrivals_per_s, coder_load.arrivals_per_s
+    loaded = link_rate > 0 or coder_rate > 0
+    link_share = coder_share = 0.0
+    if loaded:
+        link_share = link_load.native_bytes_per_s / native_bytes
+        coder_share = coder_load.native_bytes_per_s / native_bytes
 
-    exploring = allowance_s > 0 and rule.explore_share > 0 and table.mode is Mode.ACTIVE
+    by_time = rule.goal is _LATENCY
+    limit_s = deadline_s = rule.deadline_s
+    if not by_time and incumbent is not None and deadline_s < _INFINITY:
+        limit_s = deadline_s / (1 + table.hysteresis)
+    exploring = (
+        allowance_s > 0 and rule.explore_share > 0 and mode is _ACTIVE and rule.goal is not _QUALITY
+    )
     weighed: list[_Weighed] = []
-    # what is worse than the best by more than trying it out may cost is neither chosen nor tried
-    spare_s = allowance_s if exploring else 0.0
-    least_worse_s = math.inf
-    prunes = rule.goal is Goal.MINIMIZE_LATENCY
+    # what takes longer than this, and is no better in keeping its deadline, is neither chosen nor tried
+    longest_s = _INFINITY
+    surely_late_s = deadline_s * ROUNDED
     arrives_s, encoded_s = rtt_s + wire_wait_s, rtt_s + encode_wait_s
-    best_name, best_s, best_merit, best_level = "", math.inf, math.inf, UNSTABLE + 1
+    best_name, best_s, best_merit, best_level = "", _INFINITY, _INFINITY, UNSTABLE + 1
     best_order = 0
     own_s = own_merit = 0.0
     own_level = -1
+    # the one in use comes first, so none of what is left out is it
     for (
         name,
         ratio,
@@ -165,24 +175,27 @@ def select(
         hopes,
         order,
     ) in rows:
-        wire_s = native_bytes / ratio / bytes_per_s
-        # no transfer takes less than its wire, or its encoding, alone, and no merit is better than the time
-        least_s = (arrives_s + wire_s) * SAFE
-        if (
-            least_s > least_worse_s
-            and name != incumbent
-            and (best_level == FITS or least_s * margin > deadline_s)
-        ):
-            continue
+        if fixed is None:
+            # no transfer takes less than its wire, or its encoding, alone, and no merit is better than the time
+            wire_s = native_bytes / ratio / bytes_per_s
+            least_s = arrives_s + wire_s
+            if least_s > longest_s:
+                if best_level == FITS or least_s > surely_late_s:
+                    # and that of all that follow is as long
+                    break
+                if least_s * margin > surely_late_s:
+                    continue
+        elif best_level == FITS and fixed > best_merit and not exploring:
+            # and that of all that follow is as bad
+            break
+        else:
+            wire_s = native_bytes / ratio / bytes_per_s
         encode_s = offset_e + native_bytes / speed_e
         if encode_s < floor_e:
             encode_s = floor_e
         encode_s *= encode_factor
-        if (
-            best_level == FITS
-            and (encoded_s + encode_s) * SAFE > least_worse_s
-            and name != incumbent
-        ):
+        least_s = encoded_s + encode_s
+        if least_s > longest_s and (best_level == FITS or least_s * margin > surely_late_s):
             continue
         decode_s = offset_d + native_bytes / speed_d
         if decode_s < floor_d:
@@ -199,21 +212,21 @@ def select(
             if last_s > seconds:
                 seconds = last_s
         seconds = rtt_s + seconds
-        if seconds > least_worse_s and best_level == FITS and name != incumbent:
+        percentile_s = seconds * margin
+        if seconds > longest_s and (best_level == FITS or percentile_s > surely_late_s):
             continue
 
         level = FITS
-        engines_s = encode_delays * encode_s + decode_delays * decode_s
-        merit = seconds + engines_s
-        if seconds * margin > limit_s:
+        merit = engines_s = encode_delays * encode_s + decode_delays * decode_s
+        if percentile_s > limit_s:
             level = TIGHT if name != incumbent else FITS
-            if seconds * margin > deadline_s:
+            if percentile_s > deadline_s:
                 level = LATE
         if loaded:
             busy_e, busy_w, busy_d = (
-                coder_load * encode_s,
-                link_load * wire_s,
-                link_load * decode_s,
+                coder_share * encode_s,
+                link_share * wire_s,
+                link_share * decode_s,
             )
             busy = busy_e if busy_e > busy_w else busy_w
             if busy_d > busy:
@@ -225,9 +238,12 @@ def select(
             if wire_cost > cost:
                 cost = wire_cost
             decode_cost = link_rate * decode_s * (decode_wait_s + decode_s)
-            merit = seconds + ((decode_cost if decode_cost > cost else cost) + engines_s)
+            merit = (decode_cost if decode_cost > cost else cost) + engines_s
+        merit += seconds
         if level < LATE and fixed is not None:
             merit = fixed
+        if name == incumbent:
+            own_s, own_merit, own_level = seconds, merit, level
         if level < best_level or (
             level == best_level
             and (
@@ -240,33 +256,41 @@ def select(
         ):
             best_name, best_s, best_merit, best_level = name, seconds, merit, level
             best_order = order
-            if prunes and level < UNSTABLE:
-                least_worse_s = merit + spare_s
-        if name == incumbent:
-            own_s, own_merit, own_level = seconds, merit, level
+            if by_time and level < UNSTABLE:
+                longest_s = merit
+                if exploring:
+                    # held against the best, or against what is kept in its place
+                    longest_s = (own_merit if own_merit > merit else merit) + allowance_s
+                longest_s *= ROUNDED
         if exploring and level < LATE:
-            weighed.append((name, seconds, merit, encode_s, wire_s, decode_s, hopes))
+            turn = -1 if name == incumbent else order
+            weighed.append((turn, name, seconds, merit, encode_s, wire_s, decode_s, hopes))
 
     bound = _BOUNDS[best_level]
+    wait_s = wire_wait_s if wire_wait_s > encode_wait_s else encode_wait_s
+    waiting_s = rtt_s + (decode_wait_s if decode_wait_s > wait_s else wait_s)
     if (
-        own_level == best_level
+        by_time
+        and own_level == best_level
         and best_name != incumbent
-        and rule.goal is Goal.MINIMIZE_LATENCY
         # a share of the work, not of the waiting, which is the same for all
         and own_merit - best_merit <= table.hysteresis * (best_merit - waiting_s)
     ):
         assert incumbent is not None
         best_name, best_s, best_merit = incumbent, own_s, own_merit
         # that a constraint is not kept is more to say than that nothing changed
-        bound = Bound.KEPT if best_level < LATE else bound
-    if table.mode == Mode.SHADOW:
-        return Selection(profile=NONE, wanted=best_name, bound=bound, predicted_s=best_s)
-    others_s = best_merit - best_s if rule.goal is Goal.MINIMIZE_LATENCY else 0.0
-    if exploring and best_level == FITS and waiting_s + others_s <= QUIET * best_s:
-        tried = _explore(weighed, rule.goal, best_name, best_s, best_merit, chunks, allowance_s)
-        if tried is not None:
-            return tried
-    return Selection(profile=best_name, wanted=best_name, bound=bound, predicted_s=best_s)
+        bound = _KEPT if best_level < LATE else bound
+    if mode is _SHADOW:
+        return Selection(NONE, best_name, bound, best_s)
+    if exploring and best_level == FITS:
+        others_s = best_merit - best_s if by_time else 0.0
+        if waiting_s + others_s <= QUIET * best_s:
+            # what is hoped of two is seldom equal, but then the first wins: the one in use, then as the rule has them
+            weighed.sort()
+            tried = _explore(weighed, rule.goal, best_name, best_s, best_merit, chunks, allowance_s)
+            if tried is not None:
+                return tried
+    return Selection(best_name, best_name, bound, best_s)
 
 
 def _explore(
@@ -285,7 +309,7 @@ def _explore(
     """
     chosen: Selection | None = None
     least = best_merit
-    for name, seconds, merit, encode_s, wire_s, decode_s, (left_e, left_w, left_d) in weighed:
+    for _, name, seconds, merit, encode_s, wire_s, decode_s, (left_e, left_w, left_d) in weighed:
         if name == best:
             continue
         if goal is Goal.MINIMIZE_LATENCY:
@@ -316,8 +340,8 @@ def _explore(
     return chosen
 
 
-def _known(table: DecisionTable, row: Row, decodable: frozenset[str]) -> bool:
-    return table.candidates[row.name].strategy.digest in decodable
+def _known(table: DecisionTable, name: str, decodable: frozenset[str]) -> bool:
+    return table.candidates[name].strategy.digest in decodable
 
 
 def _fixed(

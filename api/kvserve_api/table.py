@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import total_ordering
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from kvserve_api.errors import SpecError
 from kvserve_api.latency import StageCost
@@ -146,56 +146,74 @@ class ClassRule:
             raise SpecError("explore_share", f"must be within 0 to 0.5, got {self.explore_share}")
 
 
-class Row(NamedTuple):
-    """A candidate of a rule, unfolded: a transfer waits while rows are compared.
+Row: TypeAlias = tuple[
+    str,
+    float,
+    float,
+    float,
+    float,
+    float,
+    float,
+    float,
+    float,
+    float | None,
+    tuple[float, float, float],
+    int,
+]
+"""A candidate of a rule, unfolded: a transfer waits while rows are compared, and Python takes a plain tuple apart in a
+third of the time that one with names takes.
 
-    Attributes:
-        merit: What the goal minimises if that is no time; None if it is.
-        order: Its place among the rule's candidates, the first of which wins where all is equal.
-        hopes: What is left of the time to encode, of the wire bytes and of the time to decode, were each better than
-            believed by `HOPE` standard deviations.
+Name; ratio; floor (s), offset (s) and speed (bytes/s) of encoding, then of decoding; margin; what the goal minimises if
+that is no time, None if it is; what is left of the time to encode, of the wire bytes and of the time to decode, were
+each better than believed by `HOPE` standard deviations; place among the rule's candidates, the first of which wins
+where all is equal.
+"""
+
+
+def _row(candidate: Candidate, rule: ClassRule, order: int) -> Row:
+    merits = {
+        Goal.MINIMIZE_LATENCY: None,
+        Goal.MAXIMIZE_QUALITY: candidate.loss_upper_bp,
+        Goal.MINIMIZE_BYTES: -candidate.ratio,
+    }
+    encode, decode, doubt = candidate.encode, candidate.decode, candidate.doubt
+    return (
+        candidate.name,
+        candidate.ratio,
+        encode.floor_s,
+        encode.offset_s,
+        encode.bytes_per_s,
+        decode.floor_s,
+        decode.offset_s,
+        decode.bytes_per_s,
+        rule.margins.get(candidate.name, 1.0),
+        merits[rule.goal],
+        (
+            math.exp(-HOPE * doubt.encode),
+            math.exp(-HOPE * doubt.wire),
+            math.exp(-HOPE * doubt.decode),
+        ),
+        order,
+    )
+
+
+def _led(rows: tuple[Row, ...]) -> Mapping[str | None, tuple[Row, ...]]:
+    """Return the rows for each of them in use, that one first, and for none; the others as a choice gets done soonest.
+
+    What is in use is seldom far from the best, and the sooner that is known the fewer need to be looked at closely.
+    After it come the least merits, or if that is a time the largest ratios: where the wire alone takes too long it does
+    for all that follow.
     """
 
-    name: str
-    ratio: float
-    encode_floor_s: float
-    encode_offset_s: float
-    encode_bytes_per_s: float
-    decode_floor_s: float
-    decode_offset_s: float
-    decode_bytes_per_s: float
-    margin: float
-    merit: float | None
-    hopes: tuple[float, float, float]
-    order: int
+    def promise(row: Row) -> tuple[float, int]:
+        _, ratio, *_, merit, _, order = row
+        return (-ratio if merit is None else merit, order)
 
-    @classmethod
-    def of(cls, candidate: Candidate, rule: ClassRule, order: int) -> "Row":
-        """Unfold a candidate."""
-        merits = {
-            Goal.MINIMIZE_LATENCY: None,
-            Goal.MAXIMIZE_QUALITY: candidate.loss_upper_bp,
-            Goal.MINIMIZE_BYTES: -candidate.ratio,
-        }
-        encode, decode, doubt = candidate.encode, candidate.decode, candidate.doubt
-        return cls(
-            name=candidate.name,
-            ratio=candidate.ratio,
-            encode_floor_s=encode.floor_s,
-            encode_offset_s=encode.offset_s,
-            encode_bytes_per_s=encode.bytes_per_s,
-            decode_floor_s=decode.floor_s,
-            decode_offset_s=decode.offset_s,
-            decode_bytes_per_s=decode.bytes_per_s,
-            margin=rule.margins.get(candidate.name, 1.0),
-            merit=merits[rule.goal],
-            hopes=(
-                math.exp(-HOPE * doubt.encode),
-                math.exp(-HOPE * doubt.wire),
-                math.exp(-HOPE * doubt.decode),
-            ),
-            order=order,
-        )
+    best = sorted(rows, key=promise)
+    led: dict[str | None, tuple[Row, ...]] = {None: tuple(best)}
+    for row in rows:
+        led[row[0]] = (row, *(other for other in best if other is not row))
+    return led
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,9 +232,8 @@ class DecisionTable:
         on_controller_loss: What applies after that.
         prior_bytes_per_s: Goodput to assume for a link nobody has measured yet.
         hysteresis: By what share another profile must be better than the one in use to take its place.
-        rows: For each workload class its candidates, unfolded; made from the rest.
-        led: The same for each workload class and candidate, that candidate first: what is in use is seldom far from the
-            best, and the sooner that is known the fewer need to be looked at closely.
+        rows: For each workload class, and each of its candidates in use or None, all of them unfolded, in the order in
+            which a choice is to look at them; made from the rest.
 
     Raises:
         SpecError: A name is not among the candidates, or the default rule is missing.
@@ -233,8 +250,9 @@ class DecisionTable:
     on_controller_loss: OnControllerLoss
     prior_bytes_per_s: float
     hysteresis: float = 0.0
-    rows: Mapping[str, tuple[Row, ...]] = field(init=False, repr=False, compare=False)
-    led: Mapping[str, Mapping[str, tuple[Row, ...]]] = field(init=False, repr=False, compare=False)
+    rows: Mapping[str, Mapping[str | None, tuple[Row, ...]]] = field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if DEFAULT_CLASS not in self.rules:
@@ -252,18 +270,15 @@ class DecisionTable:
         if missing := sorted(named - set(self.candidates)):
             raise SpecError("candidates", f"must hold {', '.join(missing)}, which is referred to")
         rows = {
-            name: tuple(
-                Row.of(self.candidates[each], rule, order)
-                for order, each in enumerate(rule.candidates)
+            name: _led(
+                tuple(
+                    _row(self.candidates[each], rule, order)
+                    for order, each in enumerate(rule.candidates)
+                )
             )
             for name, rule in self.rules.items()
         }
-        led = {
-            name: {row.name: (row, *(other for other in each if other is not row)) for row in each}
-            for name, each in rows.items()
-        }
         object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "led", led)
 
     def rule(self, workload_class: str) -> ClassRule:
         """Return the rule of a class; that of ``default`` for an unknown one."""

@@ -32,6 +32,9 @@ MAX_DECISIONS: Final = 50
 """So many of the latest decisions are kept for the controller, which takes them once a second."""
 MOST_ALLOWANCE_S: Final = 1e6
 _FREE: Final = StageCost()
+# to look a member up in its enum takes as long as ten comparisons, and a transfer waits
+_EXPLORED: Final = Bound.EXPLORED
+_REVERT: Final = OnControllerLoss.REVERT
 _NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
 Carries: TypeAlias = Callable[[Pipeline], bool]
 """Tells of a pipeline whether it may code an engine's cache."""
@@ -213,19 +216,21 @@ class Selector:
         if ready is None:
             return Choice(selection=RAW, pipeline=raw_pipeline(), ratio=1.0, version=None)
         full = ready.table
-        late = self._now_s() - self._heard_s > full.ttl_s
-        expired = late and full.on_controller_loss == OnControllerLoss.REVERT
+        expired = full.on_controller_loss is _REVERT and self._now_s() - self._heard_s > full.ttl_s
         table = ready.decodable(stages, bundles)
-        key = (workload if workload in table.rows else DEFAULT_CLASS, peer)
-        rule = table.rules[key[0]]
+        rule = table.rules.get(workload)
+        if rule is None:
+            workload = DEFAULT_CLASS
+            rule = table.rules[workload]
+        key = (workload, peer)
         credit: Credit | None = None
         if rule.explore_share and not guess:
-            credit = self._credits.get(key[0]) or self._credits.setdefault(key[0], Credit())
+            credit = self._credits.get(workload) or self._credits.setdefault(workload, Credit())
         incumbent = self._incumbents.get(key)
         allowance_s = 0.0 if credit is None else credit.allowance_s()
         selection = select(
             table,
-            key[0],
+            workload,
             native_bytes=native_bytes,
             link=link,
             chunks=chunks,
@@ -235,10 +240,12 @@ class Selector:
         )
         if credit is not None:
             credit.settle(selection.predicted_s, selection.extra_s, rule.explore_share)
-        if selection.bound != Bound.EXPLORED and not guess:
+        wanted = selection.wanted
+        # what is in use mostly stays so
+        if wanted != incumbent and not guess and selection.bound is not _EXPLORED:
             if len(self._incumbents) >= MAX_INCUMBENTS and key not in self._incumbents:
                 self._incumbents.clear()
-            self._incumbents[key] = selection.wanted
+            self._incumbents[key] = wanted
         if table is not full and selection.profile == NONE:
             selection = _explain(selection, full, ready.pipelines)
         if not guess:
@@ -247,26 +254,26 @@ class Selector:
                     self._wall_s(),
                     full.version,
                     peer,
-                    key[0],
+                    workload,
                     native_bytes,
                     chunks,
                     link,
                     rule.candidates,
                     incumbent or "",
                     # what a new class may spend is not limited yet
-                    min(allowance_s, MOST_ALLOWANCE_S),
+                    allowance_s if allowance_s < MOST_ALLOWANCE_S else MOST_ALLOWANCE_S,
                     selection,
                 )
             )
         name = selection.profile
         candidate = full.candidates[name]
         return Choice(
-            selection=selection,
-            pipeline=ready.pipelines[name],
-            ratio=candidate.ratio,
-            version=full.version,
-            encode=candidate.encode,
-            decode=candidate.decode,
+            selection,
+            ready.pipelines[name],
+            candidate.ratio,
+            full.version,
+            candidate.encode,
+            candidate.decode,
         )
 
 
@@ -295,4 +302,4 @@ def _explain(
     if wanted is None or wanted == NONE:
         return selection
     bound = Bound.PEER if wanted in pipelines else Bound.OPAQUE
-    return replace(selection, wanted=wanted, bound=bound)
+    return selection._replace(wanted=wanted, bound=bound)
