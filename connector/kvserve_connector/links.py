@@ -45,43 +45,52 @@ _TCP_INFO: Final = 11
 # rwnd_limited
 _ACCOUNT: Final = struct.Struct("<Q20xI8x3Q")
 _ACCOUNT_AT: Final = 120
+_ACCOUNT_END: Final = _ACCOUNT_AT + _ACCOUNT.size
 _INFO_BYTES: Final = 192
+_UNMEASURED_US: Final = 0xFFFFFFFF
+_TCP: Final = socket.IPPROTO_TCP
+_LINUX: Final = sys.platform == "linux"
 
 
 class TcpProgress(NamedTuple):
-    """The kernel's account of what one connection has sent; read for every choice, so it must cost little.
+    """The kernel's own account of what one connection has sent; read for every choice, so it must cost little.
 
     Attributes:
         acked_bytes: Bytes the other side has acknowledged.
-        busy_s: Seconds in which data was on its way or waiting for the link; waiting for a slow reader not counted.
+        min_rtt_us: Least round trip, in microseconds; `_UNMEASURED_US` while there was none.
         delivery_bytes_per_s: The kernel's own latest estimate.
-        min_rtt_s: Least round trip, in seconds.
+        sending_us: Microseconds in which data was on its way or waiting for the link or a slow reader.
+        reader_us: Those of them in which it waited for a slow reader.
     """
 
     acked_bytes: int
-    busy_s: float
-    delivery_bytes_per_s: float
-    min_rtt_s: float
+    min_rtt_us: int
+    delivery_bytes_per_s: int
+    sending_us: int
+    reader_us: int
 
     @classmethod
     def of(cls, connection: socket.socket) -> Self | None:
         """Read it; None where the kernel keeps no such account."""
-        if sys.platform != "linux":
+        if not _LINUX:
             return None
         try:
-            info = connection.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_BYTES)
+            info = connection.getsockopt(_TCP, _TCP_INFO, _INFO_BYTES)
         except OSError:
             return None
-        if len(info) < _ACCOUNT_AT + _ACCOUNT.size:
+        if len(info) < _ACCOUNT_END:
             return None
-        acked, min_rtt_us, rate, busy_us, reader_us = _ACCOUNT.unpack_from(info, _ACCOUNT_AT)
-        return cls(
-            acked,
-            (busy_us - reader_us) / 1e6 if busy_us > reader_us else 0.0,
-            float(rate),
-            # a connection that has measured none holds the largest value
-            0.0 if min_rtt_us == 0xFFFFFFFF else min_rtt_us / 1e6,
-        )
+        return tuple.__new__(cls, _ACCOUNT.unpack_from(info, _ACCOUNT_AT))
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which data was on its way or waiting for the link; waiting for a slow reader not counted."""
+        return max(0, self.sending_us - self.reader_us) / 1e6
+
+    @property
+    def min_rtt_s(self) -> float:
+        """Least round trip, in seconds; 0 while there was none."""
+        return 0.0 if self.min_rtt_us == _UNMEASURED_US else self.min_rtt_us / 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +185,7 @@ class LinkState:
         self._burst_bytes = 0.0
         self._busy_s = 0.0
         self._slack_s = 0.0
-        self._delivery_bytes_per_s = 0.0
+        self._delivery_bytes_per_s = 0
         self._best_bytes_per_s = 0.0
         self._since_s = self._sure_s = self._seen_s = now_s()
         self._allowed_bytes = float(BURST_BYTES)
@@ -203,21 +212,24 @@ class LinkState:
             encode_delays = coders.delays
         with self._lock:
             # a link that became slow in the middle of a transfer is known before the next one chooses
-            self._see()
-            self._learn(final=False)
-            return Link(
-                bytes_per_s=self._goodput.bytes_per_s if self._goodput else prior_bytes_per_s,
-                # what is left of sums and differences is nothing
-                backlog_bytes=self._backlog_bytes if self._backlog_bytes >= 1 else 0.0,
-                rtt_s=self._rtt_s,
-                encode_backlog_s=encode_backlog_s,
-                decode_backlog_s=self._backlog_s * share if self._backlog_s >= TINY_S else 0.0,
-                load=load,
-                encoder_load=encoder_load,
-                encode_factor=factor,
-                encode_delays=encode_delays,
-                decode_delays=decode_delays,
-            )
+            self._see(time_s)
+            self._learn(time_s, final=False)
+            goodput, backlog_bytes, backlog_s = self._goodput, self._backlog_bytes, self._backlog_s
+            rtt_s = self._rtt_s
+        # what `Link(...)` would make in six times the time: nothing of it needs to be checked again
+        link = object.__new__(Link)
+        link.bytes_per_s = prior_bytes_per_s if goodput is None else goodput.bytes_per_s
+        # what is left of sums and differences is nothing
+        link.backlog_bytes = backlog_bytes if backlog_bytes >= 1 else 0.0
+        link.rtt_s = rtt_s
+        link.encode_backlog_s = encode_backlog_s
+        link.decode_backlog_s = backlog_s * share if backlog_s >= TINY_S else 0.0
+        link.load = load
+        link.encoder_load = encoder_load
+        link.encode_factor = factor
+        link.encode_delays = encode_delays
+        link.decode_delays = decode_delays
+        return link
 
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:
         """Take note of bytes, and of the seconds to decode them, that were promised or (negative) are on their way."""
@@ -252,22 +264,24 @@ class LinkState:
         with self._lock:
             self._acked_bytes += wire_bytes
             self._busy_s += busy_s
-            self._learn(final=False)
+            self._learn(self._now_s(), final=False)
 
     def _look(self, connection: socket.socket, *, final: bool) -> None:
+        time_s = self._now_s()
         with self._lock:
-            self._see()
+            self._see(time_s)
             now = self._accounts.get(connection)
             if now is not None:
                 self._rtt_s = now.min_rtt_s
-                self._learn(final=final)
+                self._learn(time_s, final=final)
 
-    def _see(self) -> None:
+    def _see(self, time_s: float) -> None:
         """Bring the accounts up to date, all at once, or the bytes of one would be held against the time of another."""
         acked = 0
         for each, last in self._accounts.items():
             seen = TcpProgress.of(each)
-            if seen is None:
+            # between transfers, when most choices are made, nothing has changed
+            if seen is None or seen == last:
                 continue
             self._accounts[each] = seen
             self._delivery_bytes_per_s = seen.delivery_bytes_per_s
@@ -275,10 +289,11 @@ class LinkState:
             busy_s = max(0.0, seen.busy_s - last.busy_s)
             self._busy_s += busy_s
             self._slack_s += min(busy_s, SLACK_S)
+        if not acked:
+            return
         # a bucket that fills at the link's rate: chunks that each fit into it do not all fit if they come one by one
-        time_s = self._now_s()
         if self._goodput is not None:
-            self._allowed_bytes += (time_s - self._seen_s) * self._goodput.bytes_per_s
+            self._allowed_bytes += max(0.0, time_s - self._seen_s) * self._goodput.bytes_per_s
         if self._goodput is None or self._allowed_bytes > BURST_BYTES:
             self._allowed_bytes = float(BURST_BYTES)
         self._seen_s = time_s
@@ -287,11 +302,10 @@ class LinkState:
         self._acked_bytes += acked
         self._burst_bytes += burst_bytes
 
-    def _learn(self, *, final: bool) -> None:
+    def _learn(self, time_s: float, *, final: bool) -> None:
         """Learn from what was seen since the last sample, if that is enough for one."""
         if not self._acked_bytes and not self._busy_s:
             return
-        time_s = self._now_s()
         busy_s = min(self._busy_s, time_s - self._since_s)
         slack_s = self._slack_s
         enough = BURST_BYTES if final else SAMPLE_BYTES

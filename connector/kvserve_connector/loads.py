@@ -53,9 +53,8 @@ class Arrivals:
     def __init__(self, now_s: float, memory_s: float = MEMORY_S) -> None:
         self._memory_s = memory_s
         self._lock = threading.Lock()
-        self._at_s = now_s
-        self._count = 0.0
-        self._bytes = 0.0
+        # when, how many, how many bytes; replaced as one, so that whoever only reads needs no lock
+        self._known = (now_s, 0.0, 0.0)
 
     def load(self, now_s: float, share: float = 1.0) -> Load:
         """Return what was asked for lately.
@@ -64,21 +63,23 @@ class Arrivals:
             now_s: The time.
             share: The part of it that falls to one of several coders that work side by side.
         """
-        with self._lock:
-            fade = math.exp(-max(0.0, now_s - self._at_s) / self._memory_s)
-            count, native_bytes = self._count * fade, self._bytes * fade
-        if count < LEAST_ARRIVALS:
+        at_s, count, native_bytes = self._known
+        memory_s = self._memory_s
+        fade = math.exp((at_s - now_s) / memory_s) if now_s > at_s else 1.0
+        if count * fade < LEAST_ARRIVALS:
             return NO_LOAD
-        scale = share / self._memory_s
-        return Load(arrivals_per_s=count * scale, native_bytes_per_s=native_bytes * scale)
+        scale = fade * share / memory_s
+        # what `Load(...)` would make in five times the time: a choice waits for two
+        load = object.__new__(Load)
+        load.arrivals_per_s, load.native_bytes_per_s = count * scale, native_bytes * scale
+        return load
 
     def add(self, now_s: float, native_bytes: int) -> None:
         """Count a transfer."""
         with self._lock:
-            fade = math.exp(-max(0.0, now_s - self._at_s) / self._memory_s)
-            self._count = self._count * fade + 1
-            self._bytes = self._bytes * fade + native_bytes
-            self._at_s = max(now_s, self._at_s)
+            at_s, count, known_bytes = self._known
+            fade = math.exp(-max(0.0, now_s - at_s) / self._memory_s)
+            self._known = (max(now_s, at_s), count * fade + 1, known_bytes * fade + native_bytes)
 
 
 class Coders:
@@ -92,6 +93,8 @@ class Coders:
 
     Attributes:
         delays: How many requests of the engine a second of encoding delays by a second now.
+        factor: By how much encoding takes longer now than the table in force says.
+        share: The part of all encoding that falls to one thread.
     """
 
     def __init__(self, threads: int, now_s: float) -> None:
@@ -102,11 +105,7 @@ class Coders:
         self._residual = 0.0
         self._table: DecisionTable | None = None
         self.delays = 0.0
-
-    @property
-    def factor(self) -> float:
-        """By how much encoding takes longer now than the table in force says."""
-        return math.exp(self._residual)
+        self.factor = 1.0
 
     def observe(self, encode_s: float, expected_s: float, share: float) -> None:
         """Compare what a part of a transfer took with what the table in force says of it.
@@ -123,7 +122,7 @@ class Coders:
             step = (1 - math.exp(-share / FACTOR_MEMORY)) * (residual - self._residual)
             # a single slow piece must not rule, three slow transfers may
             step = max(-share * MOST_STEP, min(share * MOST_STEP, step))
-            self._residual = max(-MOST_RESIDUAL, min(MOST_RESIDUAL, self._residual + step))
+            self._correct(self._residual + step)
 
     def follow(self, table: DecisionTable | None) -> None:
         """Take note of the table in force: what it says more or less than the last one needs no factor any more."""
@@ -132,7 +131,7 @@ class Coders:
             if before is table:
                 return
             if before is None or table is None:
-                self._residual = 0.0
+                self._correct(0.0)
                 return
             changes = [
                 math.log((_usual_s(new) + RESOLUTION_S) / (_usual_s(old) + RESOLUTION_S))
@@ -140,8 +139,7 @@ class Coders:
                 if name != NONE and (old := before.candidates.get(name)) is not None
             ]
             if changes:
-                residual = self._residual - sum(changes) / len(changes)
-                self._residual = max(-MOST_RESIDUAL, min(MOST_RESIDUAL, residual))
+                self._correct(self._residual - sum(changes) / len(changes))
 
     @property
     def backlog_s(self) -> float:
@@ -152,6 +150,10 @@ class Coders:
         """Take note of encoding that was promised (positive) or is done (negative), in seconds of one thread."""
         with self._lock:
             self._promised_s += encode_s
+
+    def _correct(self, residual: float) -> None:
+        self._residual = max(-MOST_RESIDUAL, min(MOST_RESIDUAL, residual))
+        self.factor = math.exp(self._residual)
 
 
 def _usual_s(candidate: Candidate) -> float:

@@ -4,11 +4,13 @@ import contextlib
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvserve_api.latency import Link
 from kvserve_connector.links import (
     BURST_BYTES,
     MAX_LINKS,
@@ -173,6 +175,26 @@ def test_arrivals_of_all_links_load_the_coders() -> None:
     assert links[0].snapshot(PRIOR).encoder_load.arrivals_per_s == 0
 
 
+def test_what_is_known_is_a_whole_link() -> None:
+    """A look at a link makes one with every field, which stands the checks of a link that is made by them."""
+    book = LinkBook(codec_threads=2)
+    link = book.link("10.0.0.1")
+    for arrivals in (link.arrivals, book.coders.arrivals):
+        for _ in range(5):
+            arrivals.add(time.monotonic(), 1000)
+    link.queue(1000.0, 0.5)
+    known = link.snapshot(PRIOR, book.coders, 2.0)
+    assert known == Link(
+        bytes_per_s=PRIOR,
+        backlog_bytes=1000.0,
+        decode_backlog_s=0.25,
+        load=replace(known.load),
+        encoder_load=replace(known.encoder_load),
+        decode_delays=2.0,
+    )
+    assert known.load.native_bytes_per_s == pytest.approx(1000 * known.load.arrivals_per_s)
+
+
 def test_links_are_bounded_and_kept_apart() -> None:
     """Two peers have two links; the least recently used one goes when there are too many."""
     book = LinkBook()
@@ -191,7 +213,7 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self._progress = TcpProgress(
-            acked_bytes=0, busy_s=0.0, delivery_bytes_per_s=0.0, min_rtt_s=0.0
+            acked_bytes=0, min_rtt_us=0, delivery_bytes_per_s=0, sending_us=0, reader_us=0
         )
         monkeypatch.setattr(TcpProgress, "of", lambda _: self._progress)
         self._link = LinkState(lambda: self.now_s)
@@ -204,7 +226,8 @@ class Watched:
         self.now_s += wall_s
         last = self._progress
         self._progress = last._replace(
-            acked_bytes=last.acked_bytes + acked_bytes, busy_s=last.busy_s + busy_s
+            acked_bytes=last.acked_bytes + acked_bytes,
+            sending_us=last.sending_us + round(busy_s * 1e6),
         )
         self._link.sample(self._connection)
         return self._link.snapshot(PRIOR).bytes_per_s
