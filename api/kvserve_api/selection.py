@@ -68,6 +68,8 @@ ROUNDED: Final = 1 + 1e-9
 _Weighed: TypeAlias = tuple[int, str, float, float, float, float, float, tuple[float, float, float]]
 """A candidate's turn, name, time, merit, times of encoding, wire and decoding, and hopes."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
+# past the arguments of a named tuple, which take as long as all else of it
+_new: Final = tuple.__new__
 # to look a member up in its enum takes as long as ten comparisons, and a transfer waits
 _ACTIVE: Final = Mode.ACTIVE
 _LATENCY: Final = Goal.MINIMIZE_LATENCY
@@ -258,7 +260,7 @@ def select(
             best_order = order
             if by_time and level < UNSTABLE:
                 longest_s = merit
-                if exploring:
+                if exploring and level == FITS:
                     # held against the best, or against what is kept in its place
                     longest_s = (own_merit if own_merit > merit else merit) + allowance_s
                 longest_s *= ROUNDED
@@ -281,7 +283,7 @@ def select(
         # that a constraint is not kept is more to say than that nothing changed
         bound = _KEPT if best_level < LATE else bound
     if mode is _SHADOW:
-        return Selection(NONE, best_name, bound, best_s)
+        return _new(Selection, (NONE, best_name, bound, best_s, 0.0))
     if exploring and best_level == FITS:
         others_s = best_merit - best_s if by_time else 0.0
         if waiting_s + others_s <= QUIET * best_s:
@@ -290,7 +292,7 @@ def select(
             tried = _explore(weighed, rule.goal, best_name, best_s, best_merit, chunks, allowance_s)
             if tried is not None:
                 return tried
-    return Selection(best_name, best_name, bound, best_s)
+    return _new(Selection, (best_name, best_name, bound, best_s, 0.0))
 
 
 def _explore(

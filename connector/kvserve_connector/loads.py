@@ -180,5 +180,6 @@ class Credit:
             extra_s: How much of that is the expected cost of trying something out.
             share: Of the time without it, which is added to the credit.
         """
-        earned_s = share * max(0.0, predicted_s - extra_s)
-        self._credit_s = min(self._credit_s + earned_s, CREDIT_TRANSFERS * earned_s) - extra_s
+        earned_s = share * (predicted_s - extra_s) if predicted_s > extra_s else 0.0
+        credit_s, most_s = self._credit_s + earned_s, CREDIT_TRANSFERS * earned_s
+        self._credit_s = (credit_s if credit_s < most_s else most_s) - extra_s

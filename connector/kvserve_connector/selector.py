@@ -32,6 +32,8 @@ MAX_DECISIONS: Final = 50
 """So many of the latest decisions are kept for the controller, which takes them once a second."""
 MOST_ALLOWANCE_S: Final = 1e6
 _FREE: Final = StageCost()
+# past the arguments of a named tuple, which take as long as all else of it
+_new: Final = tuple.__new__
 # to look a member up in its enum takes as long as ten comparisons, and a transfer waits
 _EXPLORED: Final = Bound.EXPLORED
 _REVERT: Final = OnControllerLoss.REVERT
@@ -250,30 +252,36 @@ class Selector:
             selection = _explain(selection, full, ready.pipelines)
         if not guess:
             self.decisions.append(
-                Decision(
-                    self._wall_s(),
-                    full.version,
-                    peer,
-                    workload,
-                    native_bytes,
-                    chunks,
-                    link,
-                    rule.candidates,
-                    incumbent or "",
-                    # what a new class may spend is not limited yet
-                    allowance_s if allowance_s < MOST_ALLOWANCE_S else MOST_ALLOWANCE_S,
-                    selection,
+                _new(
+                    Decision,
+                    (
+                        self._wall_s(),
+                        full.version,
+                        peer,
+                        workload,
+                        native_bytes,
+                        chunks,
+                        link,
+                        rule.candidates,
+                        incumbent or "",
+                        # what a new class may spend is not limited yet
+                        allowance_s if allowance_s < MOST_ALLOWANCE_S else MOST_ALLOWANCE_S,
+                        selection,
+                    ),
                 )
             )
         name = selection.profile
         candidate = full.candidates[name]
-        return Choice(
-            selection,
-            ready.pipelines[name],
-            candidate.ratio,
-            full.version,
-            candidate.encode,
-            candidate.decode,
+        return _new(
+            Choice,
+            (
+                selection,
+                ready.pipelines[name],
+                candidate.ratio,
+                full.version,
+                candidate.encode,
+                candidate.decode,
+            ),
         )
 
 
