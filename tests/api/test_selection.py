@@ -387,3 +387,33 @@ def test_explores_what_could_be_better() -> None:
     shadow = table(mode=Mode.SHADOW, doubt=Doubt(encode=0.5), explore_share=0.1)
     chosen = select(shadow, "default", native_bytes=SIZE, link=link, allowance_s=9.0)
     assert (chosen.profile, chosen.wanted, chosen.bound) == ("none", "int8", Bound.GOAL)
+
+
+def test_rivals_of_what_is_kept_are_held_against_it() -> None:
+    """What may cost so much more than the one in use is tried, though it costs more than that beyond the best."""
+    # 0.250, 0.245 and 0.256 s
+    ratios = {"own": 4.0, "best": 4.08, "rival": 3.9}
+    made = table(
+        *(profile(name, ratio=ratio) for name, ratio in ratios.items()),
+        RAW,
+        hysteresis=0.05,
+        explore_share=0.1,
+    )
+    free = {
+        name: replace(
+            c,
+            encode=StageCost(),
+            decode=StageCost(),
+            doubt=Doubt(wire=0.5 if name == "rival" else 0.0),
+        )
+        for name, c in made.candidates.items()
+    }
+    chosen = select(
+        replace(made, candidates=free),
+        "default",
+        native_bytes=100_000_000,
+        link=Link(bytes_per_s=1e8),
+        incumbent="own",
+        allowance_s=0.01,
+    )
+    assert (chosen.profile, chosen.bound) == ("rival", Bound.EXPLORED)
