@@ -244,9 +244,11 @@ class TransferServer:
         if pull.transfer:
             most_s += self._config.prefill_timeout_s
         frames.set_budget(min(pull.budget_s, most_s))
+        # one for both: a prefill that has not come yet is waited for no less than one that goes on
+        patience = self._patience(frames)
         try:
             claim = (
-                self._claim_transfer(pull, frames) if pull.transfer else self._claim(pull, frames)
+                self._claim_transfer(pull, patience) if pull.transfer else self._claim(pull, frames)
             )
         except KVServeError as error:
             self._metrics.failed("send", error.reason)
@@ -256,7 +258,7 @@ class TransferServer:
         outcome: str = TransferReason.CANCELLED
         try:
             self._check(pull, claim)
-            self._send(frames, peer, pull, claim)
+            self._send(frames, peer, pull, claim, patience)
             outcome = SENT
         except KVServeError as error:
             outcome = error.reason
@@ -274,7 +276,7 @@ class TransferServer:
             )
         return self._leases.claim(pull.request_id, frames.left_s)
 
-    def _claim_transfer(self, pull: Pull, frames: FrameSocket) -> Claim:
+    def _claim_transfer(self, pull: Pull, patience: _Patience) -> Claim:
         """Wait for a prefill of which the consumer may have heard first."""
         # which run of the engine was meant does not matter: no other request has the transfer's name
         found: list[Claim] = []
@@ -290,7 +292,7 @@ class TransferServer:
                 )
             return claim is not None
 
-        self._patience(frames).wait(arrived)
+        patience.wait(arrived)
         return found[0]
 
     def _patience(self, frames: FrameSocket) -> _Patience:
@@ -318,11 +320,12 @@ class TransferServer:
         if (pull.tokens.stop, pull.prompt_digest) != (prefill.tokens, prefill.prompt_digest):
             raise WireError(WireReason.RANGE_MISMATCH, "the consumer's prompt is another one")
 
-    def _send(self, frames: FrameSocket, peer: str, pull: Pull, claim: Claim) -> None:
+    def _send(
+        self, frames: FrameSocket, peer: str, pull: Pull, claim: Claim, patience: _Patience
+    ) -> None:
         form = self._form
         native_bytes = form.native_bytes(pull.tokens)
         # chosen when the work begins: until then it is not in the way of others
-        patience = self._patience(frames)
         patience.wait(lambda: claim.computed is not None)
         chunks = self._plan(pull, claim, 1)
         self._last = (peer, pull)
