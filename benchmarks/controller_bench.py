@@ -6,6 +6,8 @@ with ``--json``, writes ``build/bench/controller.json`` and draws ``docs/figures
 at most two minutes: one seed, shorter scenarios, traces from the sample beside this file; it leaves the committed
 figure alone.
 
+`controller_quality` adds scenarios in which quality is maximised under an objective; they enter no regret.
+
 The whole traces are looked for in ``--data``; `controller_traces.SOURCES` says where they come from.
 """
 
@@ -25,6 +27,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import controller_quality as quality
 from controller_kvserve import KVServe
 from controller_policies import DynamicController, LegacyController, Static, oracle
 from controller_replay import Decider, Run, replay
@@ -260,9 +263,11 @@ def measure(folder: Path, *, quick: bool, seeds: int, jobs: int) -> dict[str, An
             waiting = [pool.submit(run_seed, traces, seed, quick) for seed in numbers]
             by_seed = [one.result() for one in waiting]
     rows = [summary(results) for results in zip(*by_seed, strict=True)]
+    kept = [quality.run_seed(seed, quick=quick) for seed in numbers]
     _say(f"done after {time.perf_counter() - start_s:.0f} s")
     return {
         "scenarios": rows,
+        "quality": [quality.summary(name, [each[name] for each in kept]) for name in kept[0]],
         "mean_regret": float(np.mean([row["regret"] for row in rows])),
         "claims": claims(rows),
         "seeds": seeds,
@@ -297,6 +302,7 @@ def main() -> int:
     else:
         console = Console(width=190)
         console.print(table(document["scenarios"]))
+        console.print(quality.table(document["quality"]))
         console.print(claim_table(document["claims"]))
     return 0 if all(claim["holds"] for claim in document["claims"]) else 1
 

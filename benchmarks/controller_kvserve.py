@@ -13,7 +13,7 @@ from typing import Any, Final
 from controller_link import FREE, WatchedLink
 from controller_profiles import MODEL
 from controller_queue import Sent, Tandem
-from controller_scenarios import Arrival, Scenario, chunks_of
+from controller_scenarios import PERCENTILE, Arrival, Scenario, chunks_of
 from kvserve_api.latency import Link
 from kvserve_api.policy import Policy
 from kvserve_api.profile_set import NONE
@@ -60,7 +60,9 @@ class KVServe:
             next_version=VersionClock(1.0).next,
         )
         entry = Entry(
-            policy=policy(scenario.budgets_bp, bandit=bandit), pareto=scenario.pareto, generation=1
+            policy=policy(scenario.budgets_bp, bandit=bandit, objective_s=scenario.objective_s),
+            pareto=scenario.pareto,
+            generation=1,
         )
         self._program.load(entry, Instant(0.0, 0.0))
         if self._program.problem is not None:
@@ -185,8 +187,19 @@ class KVServe:
         return table
 
 
-def policy(budgets_bp: Mapping[str, int], *, bandit: bool = True) -> Policy:
+def policy(
+    budgets_bp: Mapping[str, int], *, bandit: bool = True, objective_s: float | None = None
+) -> Policy:
     """Return the policy of a scenario; all but what is given is the default."""
+    slo: dict[str, Any] = {}
+    if objective_s is not None:
+        objective = {
+            "name": "transfer",
+            "metric": "KVTransferTime",
+            "percentile": PERCENTILE,
+            "thresholdMilliseconds": round(objective_s * 1000),
+        }
+        slo = {"slo": {"goal": "MaximizeQuality", "objectives": [objective]}}
     return Policy.from_object(
         {
             "apiVersion": "kvserve.io/v1alpha1",
@@ -205,6 +218,7 @@ def policy(budgets_bp: Mapping[str, int], *, bandit: bool = True) -> Policy:
                     for name, budget_bp in budgets_bp.items()
                     if name != "default"
                 ],
+                **slo,
             },
         }
     )

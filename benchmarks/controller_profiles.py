@@ -1,9 +1,10 @@
-"""The two sets of profiles that the controller's benchmark decides between.
+"""The sets of profiles that the controller's benchmark decides between.
 
 *cpu*: our own codecs on SmolLM2-135M, as ``make bench-codec`` measured them (one core with AVX-512, real texts). *gpu*:
 the paper's pipelines with the compression ratios and relative accuracies of its profiles (Qwen2.5-32B and Qwen2.5-7B)
 and the speeds of its components on an H100 (Llama-3.1-8B at 4k, 16k and 32k tokens), all from its public artefact.
 There a profile's loss is 100 less its relative accuracy, in per cent, since no confidence limits are published.
+*serving*: the presets on SmolLM2-135M as ``make bench-pd`` measured them for its engines.
 """
 
 import math
@@ -31,6 +32,20 @@ CPU: Final = (
     ("centred-rans-coarse", 7.66, 0.02017, 0.02170, 290, 607),
 )
 CPU_DEFAULT: Final = "kivi-4"
+
+SERVING: Final = (
+    # name, ratio, loss and its upper limit in basis points, ms and MB/s to encode, ms and MB/s to decode
+    ("focus-3", 16.96, 45.11, 58.87, 18.0, 281, 13.7, 437),
+    ("joint-10", 14.31, 63.59, 82.72, 21.7, 380, 18.9, 438),
+    ("focus-3-fine", 11.37, 16.21, 21.26, 31.1, 174, 20.9, 218),
+    ("joint-3", 10.29, 38.13, 51.00, 10.6, 1040, 8.4, 996),
+    ("joint-layer", 8.44, 62.53, 88.32, 1.7, 1461, 1.5, 1211),
+    ("joint-3-fine", 8.13, 17.71, 24.85, 10.2, 923, 7.8, 851),
+    ("int8-token", 1.88, 0.39, 0.56, 0.1, 426, 0.2, 903),
+    ("lossless", 1.52, 0.0, 0.0, 2.2, 552, 1.0, 1272),
+    ("none", 1.0, 0.0, 0.0, 0.1, 2967, 0.1, 5934),
+)
+SERVING_DEFAULT: Final = "focus-3-fine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +116,24 @@ def gpu() -> ParetoSet:
             )
         )
     return _set("h100", profiles)
+
+
+def serving() -> ParetoSet:
+    """Return the set of the presets as they are served."""
+    return _set(
+        "cpu-avx512",
+        [
+            _profile(
+                name,
+                ratio,
+                loss_bp,
+                upper_bp,
+                StageCost(offset_s=encode_ms / 1e3, bytes_per_s=encode * MB),
+                StageCost(offset_s=decode_ms / 1e3, bytes_per_s=decode * MB),
+            )
+            for name, ratio, loss_bp, upper_bp, encode_ms, encode, decode_ms, decode in SERVING
+        ],
+    )
 
 
 def _chain(kernels: list[tuple[float, float]]) -> StageCost:

@@ -6,6 +6,7 @@ in ratio), and one in fifty is held up four times as long by its codec. Links sc
 times a second and stall for .3 s about every 20 s.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ QWEN_32B: Final = 256 * KIB
 SMOLLM2: Final = 22.5 * KIB
 """Bytes of KV a token."""
 LEAST_TOKENS: Final = 32
+PROMPT_TOKENS: Final = (500,) * 3 + (700,) * 3 + (1000,) * 2 + (1400, 2000)
+"""Lengths of prompts as often as ``make bench-pd`` has them."""
 PAPER_TOKENS: Final = 14_000
 PAPER_BUDGET_BP: Final = 300
 """The paper's profiler tolerates 3 %."""
@@ -35,6 +38,10 @@ STEP_S: Final = 0.25
 STALL_S: Final = 0.3
 STALL_EVERY_S: Final = 20.0
 STALL_SHARE: Final = 0.02
+MBIT: Final = 1e6 / 8
+PERCENTILE: Final = 95
+"""So many per cent of the transfers shall keep an objective."""
+OBJECTIVE_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,8 @@ class Scenario:
         truth: Factors of each profile.
         scatter: Factors of each arrival, whatever its profile.
         slow: A factor of encoding and one of decoding, by time.
+        objective_s: Without it latency is minimised; with it quality is maximised, and `PERCENTILE` of the transfers
+            shall take at most so many seconds.
     """
 
     name: str
@@ -84,6 +93,7 @@ class Scenario:
     truth: Mapping[str, Factors]
     scatter: tuple[Factors, ...]
     slow: Callable[[float], tuple[float, float]] = field(default=lambda _: (1.0, 1.0))
+    objective_s: float | None = None
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -144,6 +154,41 @@ def scenarios(traces: Traces, seed: int, *, quick: bool) -> Iterator[Scenario]:
     yield _classes(seed, count)
     yield _misjudged(seed, count)
     yield _small(seed, 8 * count)
+
+
+def for_quality(seed: int, *, quick: bool) -> Iterator[Scenario]:
+    """Yield the scenarios of a seed in which quality is maximised under an objective.
+
+    Args:
+        seed: Of arrivals and truth.
+        quick: Fewer requests.
+    """
+    count = 100 if quick else 400
+    for name, phase_s, per_s in (
+        ("quality-moving", 6.0, 0.5),
+        ("quality-slow-moves", 40.0, 0.5),
+        ("quality-busy", 40.0, 1.5),
+    ):
+        yield _quality(name, seed, count, phase_s, per_s)
+
+
+def _quality(name: str, seed: int, count: int, phase_s: float, per_s: float) -> Scenario:
+    """Prompts of SmolLM2 over a link that moves between 20 Mbit/s and one that is faster than any codec."""
+    rng = random.Random(f"{name}/{seed}")
+    time_s, arrivals = 0.0, []
+    for _ in range(count):
+        time_s += rng.expovariate(per_s)
+        arrivals.append(Arrival(time_s, int(rng.choice(PROMPT_TOKENS) * SMOLLM2)))
+    course = [
+        (number * phase_s, rate)
+        for number, rate in zip(
+            range(math.ceil(time_s / phase_s)),
+            itertools.cycle((20 * MBIT, 100 * MBIT, 20 * GBIT, 100 * MBIT)),
+            strict=False,
+        )
+    ]
+    made = _make(name, seed, profiles.serving(), arrivals, course, budget_bp=100)
+    return replace(made, objective_s=OBJECTIVE_S)
 
 
 def _paper(traces: Traces, seed: int) -> Scenario:

@@ -1,0 +1,138 @@
+"""The goal MaximizeQuality in replay: loss and attainment beside every fixed profile and a clairvoyant.
+
+The same transfers, links and truths as elsewhere in the controller's benchmark, under an objective that 95 % of the
+transfers shall keep. What counts is the mean loss of those policies that keep it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from controller_kvserve import KVServe
+from controller_policies import PRICES, Static
+from controller_queue import Sent, Tandem
+from controller_replay import Run, replay
+from controller_scenarios import PERCENTILE, Arrival, Scenario, for_quality
+from kvserve_api.profile_set import NONE
+
+KVSERVE: Final = "kvserve"
+ORACLE: Final = "oracle"
+LEAST_LOSS_BP: Final = 1e-3
+"""A smaller loss is none."""
+
+
+class Sparing:
+    """Knows the truth: takes the least loss with which this transfer is in time, and spares those behind it.
+
+    Args:
+        scenario: The truth.
+        price: What each second on the server it keeps busy longest is taken to cost those behind it, in seconds.
+    """
+
+    def __init__(self, scenario: Scenario, price: float) -> None:
+        self._scenario = scenario
+        self._price = price
+
+    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
+        """Return the least lossy that is in time, the first to end if none is."""
+        found = []
+        for profile in self._scenario.allowed(arrival.workload):
+            work = self._scenario.work(index, profile.name)
+            rate = tandem.capacity.at(max(arrival.at_s, tandem.link_free_s))
+            held_s = max(work.encode_s, work.wire_bytes / rate, work.decode_s)
+            cost_s = tandem.preview_s(arrival.at_s, work) + self._price * held_s
+            late = cost_s > (self._scenario.objective_s or math.inf)
+            found.append((late, cost_s if late else profile.loss_bp, cost_s, profile.name))
+        return min(found, default=(False, 0.0, 0.0, NONE))[-1]
+
+    def sent(self, _index: int, _profile: str, _sent: Sent) -> None:
+        """Learn nothing: it knew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a policy amounts to under an objective.
+
+    Attributes:
+        loss_bp: Mean loss of the transfers, in basis points.
+        attained: Share of the transfers that kept the objective.
+    """
+
+    loss_bp: float
+    attained: float
+
+    @classmethod
+    def of(cls, scenario: Scenario, run: Run) -> "Kept":
+        """Sum up a run."""
+        losses = {name: profile.loss_bp for name, profile in scenario.profiles.items()}
+        limit_s = scenario.objective_s or math.inf
+        return cls(
+            float(np.mean([losses[name] for name in run.chosen])),
+            float(np.mean([total_s <= limit_s for total_s in run.total_s])),
+        )
+
+
+def run_all(scenario: Scenario) -> dict[str, Kept]:
+    """Replay a scenario under every policy.
+
+    The oracle is the clairvoyant at the price with which it keeps the objective and loses least; where it never does,
+    the one that keeps it most often.
+    """
+    kept = {
+        f"static-{name}": Kept.of(scenario, replay(scenario, Static(name)))
+        for name in scenario.profiles
+    }
+    kept[KVSERVE] = Kept.of(scenario, replay(scenario, KVServe(scenario)))
+    knowing = [Kept.of(scenario, replay(scenario, Sparing(scenario, price))) for price in PRICES]
+    wanted = min(PERCENTILE / 100, max(one.attained for one in knowing))
+    able = [one for one in knowing if one.attained >= wanted]
+    kept[ORACLE] = min(able, key=lambda one: one.loss_bp)
+    return kept
+
+
+def run_seed(seed: int, *, quick: bool) -> dict[str, dict[str, Kept]]:
+    """Replay all scenarios of a seed; by scenario and policy."""
+    return {scenario.name: run_all(scenario) for scenario in for_quality(seed, quick=quick)}
+
+
+def summary(name: str, seeds: Sequence[Mapping[str, Kept]]) -> dict[str, Any]:
+    """Return the figures of one scenario over its seeds, each policy's mean."""
+    policies = {
+        policy: {
+            "loss_bp": float(np.mean([each[policy].loss_bp for each in seeds])),
+            "attained": float(np.mean([each[policy].attained for each in seeds])),
+        }
+        for policy in seeds[0]
+    }
+    ours = policies[KVSERVE]
+    able = [
+        one["loss_bp"]
+        for policy, one in policies.items()
+        if policy.startswith("static-") and one["attained"] >= ours["attained"]
+    ]
+    return {
+        "name": name,
+        "policies": policies,
+        "less_loss": min(able, default=math.inf) / max(ours["loss_bp"], LEAST_LOSS_BP),
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what is printed: mean loss in basis points, and the share of the transfers that keep the objective."""
+    drawn = Table(box=SIMPLE_HEAD, title="goal MaximizeQuality: loss in bp (share in time)")
+    drawn.add_column("scenario", no_wrap=True)
+    for policy in rows[0]["policies"]:
+        drawn.add_column(policy.removeprefix("static-"), justify="right")
+    drawn.add_column("fixed / KVServe", justify="right")
+    for row in rows:
+        drawn.add_row(
+            row["name"],
+            *(f"{p['loss_bp']:.1f} ({p['attained']:.1%})" for p in row["policies"].values()),
+            f"{row['less_loss']:.2f}",
+        )
+    return drawn

@@ -1,0 +1,81 @@
+"""The goal MaximizeQuality in replay: what is compared, and that its figures mean what they say."""
+
+import pytest
+
+import controller_profiles as profiles
+import controller_quality as quality
+from controller_kvserve import KVServe
+from controller_policies import Static
+from controller_quality import KVSERVE, Kept, Sparing
+from controller_queue import Capacity
+from controller_replay import replay
+from controller_scenarios import MBIT, SMOLLM2, Arrival, Factors, Scenario, for_quality, scenarios
+from controller_traces import sampled
+
+TOKENS = 900
+
+
+def scenario(mbit: float, count: int = 10) -> Scenario:
+    """Return transfers of 900 tokens every 3 s over a steady link, exactly as profiled, that have 2 s each."""
+    pareto = profiles.serving()
+    return Scenario(
+        name="steady",
+        pareto=pareto,
+        default="focus-3-fine",
+        budgets_bp={"default": 100},
+        arrivals=tuple(Arrival(3.0 * n, int(TOKENS * SMOLLM2)) for n in range(count)),
+        capacity=Capacity.of([0], [mbit * MBIT]),
+        rtt_s=0.001,
+        prior_bytes_per_s=mbit * MBIT,
+        truth={profile.name: Factors() for profile in pareto.profiles("default")},
+        scatter=(Factors(),) * count,
+        objective_s=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mbit", "least"),
+    [
+        pytest.param(1000, {"none", "lossless"}, id="fast"),
+        pytest.param(50, {"int8-token"}, id="int8-takes-1.8-s"),
+        pytest.param(20, {"focus-3-fine"}, id="int8-takes-4.4-s"),
+    ],
+)
+def test_least_loss_in_time(mbit: float, least: set[str]) -> None:
+    """The clairvoyant takes the least lossy profile that is in time, and no other."""
+    one = scenario(mbit)
+    run = replay(one, Sparing(one, 0.0))
+    assert set(run.chosen) <= least
+    assert Kept.of(one, run).attained == 1.0
+
+
+@pytest.mark.parametrize("mbit", [20, 1000])
+def test_steady_link_loses_what_must_be_lost(mbit: float) -> None:
+    """On a link that does not move KVServe keeps the objective with the clairvoyant's loss."""
+    one = scenario(mbit)
+    ours = Kept.of(one, replay(one, KVServe(one)))
+    assert ours == Kept.of(one, replay(one, Sparing(one, 0.0)))
+
+
+def test_share_and_loss_by_hand() -> None:
+    """Raw transfers of 8.3 s on 20 Mbit/s lose nothing and are late; the mean loss is that of what was chosen."""
+    one = scenario(20)
+    assert Kept.of(one, replay(one, Static("none"))) == Kept(0.0, 0.0)
+    assert Kept.of(one, replay(one, Static("focus-3"))) == Kept(pytest.approx(45.11), 1.0)
+
+
+def test_compared_are_those_that_keep_it_as_often() -> None:
+    """The gain is over the least lossy fixed profile that keeps the objective as often, and infinite without one."""
+    seeds = [{"static-a": Kept(0.0, 0.5), "static-b": Kept(18.0, 0.97), KVSERVE: Kept(6.0, 0.96)}]
+    assert quality.summary("x", seeds)["less_loss"] == pytest.approx(3.0)
+    seeds = [seeds[0] | {KVSERVE: Kept(6.0, 0.98)}]
+    assert quality.summary("x", seeds)["less_loss"] == float("inf")
+
+
+def test_seeds_differ_in_truth_not_in_what_is_asked() -> None:
+    """Two seeds have other arrivals and codecs, the same objective and link; latency's scenarios have none."""
+    first, second = next(for_quality(1, quick=True)), next(for_quality(2, quick=True))
+    assert first.objective_s == second.objective_s == 2.0
+    assert first.truth != second.truth
+    assert first.arrivals != second.arrivals
+    assert next(scenarios(sampled(), 1, quick=True)).objective_s is None
