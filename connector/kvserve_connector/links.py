@@ -278,6 +278,7 @@ class LinkState:
     def _see(self, time_s: float) -> None:
         """Bring the accounts up to date, all at once, or the bytes of one would be held against the time of another."""
         acked = 0
+        looked_s = 0.0
         for each, last in self._accounts.items():
             seen = TcpProgress.of(each)
             # between transfers, when most choices are made, nothing has changed
@@ -288,7 +289,9 @@ class LinkState:
             acked += seen.acked_bytes - last.acked_bytes
             busy_s = max(0.0, seen.busy_s - last.busy_s)
             self._busy_s += busy_s
-            self._slack_s += min(busy_s, SLACK_S)
+            looked_s = max(looked_s, busy_s)
+        # one look, one doubt, however many connections: they wait for the same link
+        self._slack_s += min(looked_s, SLACK_S)
         if not acked:
             return
         # a bucket that fills at the link's rate: chunks that each fit into it do not all fit if they come one by one
@@ -308,6 +311,9 @@ class LinkState:
             return
         busy_s = min(self._busy_s, time_s - self._since_s)
         slack_s = self._slack_s
+        if time_s - self._since_s - busy_s < SLACK_S:
+            # something waited all the time: what came late at one look was missing at none, but for the last
+            slack_s = min(slack_s, SLACK_S)
         enough = BURST_BYTES if final else SAMPLE_BYTES
         complete = self._acked_bytes >= enough or busy_s >= SAMPLE_S
         if busy_s < TICKS_S:
