@@ -17,6 +17,7 @@ import controller_profiles as profiles
 from controller_queue import Capacity, Work
 from controller_traces import Traces
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
+from pd_load import LENGTHS, WEIGHTS
 
 GBIT: Final = 1e9 / 8
 MB: Final = 1e6
@@ -29,7 +30,7 @@ QWEN_32B: Final = 256 * KIB
 SMOLLM2: Final = 22.5 * KIB
 """Bytes of KV a token."""
 LEAST_TOKENS: Final = 32
-PROMPT_TOKENS: Final = (500,) * 3 + (700,) * 3 + (1000,) * 2 + (1400, 2000)
+PROMPT_TOKENS: Final = tuple(n for n, w in zip(LENGTHS, WEIGHTS, strict=True) for _ in range(w))
 """Lengths of prompts as often as ``make bench-pd`` has them."""
 PAPER_TOKENS: Final = 14_000
 PAPER_BUDGET_BP: Final = 300

@@ -6,42 +6,25 @@
 #include <emmintrin.h>
 #define SQUARE 4
 
-/* 4 rows of 4 pairs become 4 columns. */
-static inline void turn(const uint16_t *from, int64_t row, uint32_t *to, int64_t column)
+/* 4 rows of 4 pairs become 4 columns, or 4 columns 4 rows; steps from one to the next are in bytes. */
+static inline void turn(const void *from, int64_t from_step, void *to, int64_t to_step)
 {
     __m128i a[SQUARE];
     for (int i = 0; i < SQUARE; i++)
-        a[i] = _mm_loadu_si128((const void *)(from + i * row));
+        a[i] = _mm_loadu_si128((const void *)((const char *)from + i * from_step));
     const __m128i low = _mm_unpacklo_epi32(a[0], a[1]), high = _mm_unpackhi_epi32(a[0], a[1]);
     const __m128i low2 = _mm_unpacklo_epi32(a[2], a[3]), high2 = _mm_unpackhi_epi32(a[2], a[3]);
-    _mm_storeu_si128((void *)to, _mm_unpacklo_epi64(low, low2));
-    _mm_storeu_si128((void *)(to + column), _mm_unpackhi_epi64(low, low2));
-    _mm_storeu_si128((void *)(to + 2 * column), _mm_unpacklo_epi64(high, high2));
-    _mm_storeu_si128((void *)(to + 3 * column), _mm_unpackhi_epi64(high, high2));
-}
-
-/* And back. */
-static inline void turn_back(const uint32_t *from, int64_t column, uint16_t *to, int64_t row)
-{
-    __m128i a[SQUARE];
-    for (int i = 0; i < SQUARE; i++)
-        a[i] = _mm_loadu_si128((const void *)(from + i * column));
-    const __m128i low = _mm_unpacklo_epi32(a[0], a[1]), high = _mm_unpackhi_epi32(a[0], a[1]);
-    const __m128i low2 = _mm_unpacklo_epi32(a[2], a[3]), high2 = _mm_unpackhi_epi32(a[2], a[3]);
-    _mm_storeu_si128((void *)to, _mm_unpacklo_epi64(low, low2));
-    _mm_storeu_si128((void *)(to + row), _mm_unpackhi_epi64(low, low2));
-    _mm_storeu_si128((void *)(to + 2 * row), _mm_unpacklo_epi64(high, high2));
-    _mm_storeu_si128((void *)(to + 3 * row), _mm_unpackhi_epi64(high, high2));
+    char *out = to;
+    _mm_storeu_si128((void *)out, _mm_unpacklo_epi64(low, low2));
+    _mm_storeu_si128((void *)(out + to_step), _mm_unpackhi_epi64(low, low2));
+    _mm_storeu_si128((void *)(out + 2 * to_step), _mm_unpacklo_epi64(high, high2));
+    _mm_storeu_si128((void *)(out + 3 * to_step), _mm_unpackhi_epi64(high, high2));
 }
 #else
 #define SQUARE (1 << 30)
-static inline void turn(const uint16_t *from, int64_t row, uint32_t *to, int64_t column)
+static inline void turn(const void *from, int64_t from_step, void *to, int64_t to_step)
 {
-    (void)from, (void)row, (void)to, (void)column;
-}
-static inline void turn_back(const uint32_t *from, int64_t column, uint16_t *to, int64_t row)
-{
-    (void)from, (void)column, (void)to, (void)row;
+    (void)from, (void)from_step, (void)to, (void)to_step;
 }
 #endif
 
@@ -57,7 +40,7 @@ static void dimensions(
     const int64_t whole_pairs = squares ? pairs / SQUARE * SQUARE : 0;
     for (int64_t p = 0; p < whole_pairs; p += SQUARE)
         for (int64_t i = 0; i < whole_inner; i += SQUARE)
-            turn(from + i * row + 2 * p, row, to + p * even + i, even);
+            turn(from + i * row + 2 * p, row * sizeof *from, to + p * even + i, even * sizeof *to);
     for (int64_t i = 0; i < inner; i++)
         for (int64_t p = i < whole_inner ? whole_pairs : 0; p < pairs; p++)
             memcpy(
@@ -92,7 +75,7 @@ static void dimensions_back(
     const int64_t whole_pairs = squares ? pairs / SQUARE * SQUARE : 0;
     for (int64_t i = 0; i < whole_inner; i += SQUARE)
         for (int64_t p = 0; p < whole_pairs; p += SQUARE)
-            turn_back(from + p * even + i, even, to + i * row + 2 * p, row);
+            turn(from + p * even + i, even * sizeof *from, to + i * row + 2 * p, row * sizeof *to);
     for (int64_t i = 0; i < inner; i++)
         for (int64_t p = i < whole_inner ? whole_pairs : 0; p < pairs; p++)
             memcpy(

@@ -1,5 +1,6 @@
 """Rows of numbers into tiles with pairs side by side, as matrix units like them, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,26 +26,26 @@ def put(
         ValueError: The rows do not fill the blocks.
         IndexError: There is no such block.
     """
-    if _native(rows, blocks, tiles, of_tokens):
-        _call("kvserve_tiles", rows, blocks, tiles, of_tokens)
-    else:
-        tiles_ref.put(rows, blocks, tiles, of_tokens=of_tokens)
+    _copy("kvserve_tiles", tiles_ref.put, rows, blocks, tiles, of_tokens=of_tokens)
 
 
 def take(
     rows: NDArray[Any], blocks: NDArray[np.int64], tiles: NDArray[Any], *, of_tokens: bool
 ) -> None:
     """Copy blocks of tiles into rows; the inverse of `put`, with the same arguments and errors."""
-    if _native(rows, blocks, tiles, of_tokens):
-        _call("kvserve_tiles_back", rows, blocks, tiles, of_tokens)
-    else:
-        tiles_ref.take(rows, blocks, tiles, of_tokens=of_tokens)
+    _copy("kvserve_tiles_back", tiles_ref.take, rows, blocks, tiles, of_tokens=of_tokens)
 
 
-def _native(
-    rows: NDArray[Any], blocks: NDArray[np.int64], tiles: NDArray[Any], of_tokens: bool
-) -> bool:
-    """Check that rows and blocks fit, and tell whether native code copies them."""
+def _copy(
+    native: str,
+    plain: Callable[..., None],
+    rows: NDArray[Any],
+    blocks: NDArray[np.int64],
+    tiles: NDArray[Any],
+    *,
+    of_tokens: bool,
+) -> None:
+    """Check the arguments, and copy by the native function if there is one for them."""
     count, heads, outer, inner, groups, columns = tiles.shape
     pair = (2, 1) if of_tokens else (1, 2)
     wanted = (len(blocks) * outer * inner * pair[0], heads, groups * columns * pair[1])
@@ -52,20 +53,14 @@ def _native(
         raise ValueError(f"rows {rows.shape} do not fill {len(blocks)} blocks of {tiles.shape[1:]}")
     if len(blocks) and not 0 <= blocks.min() <= blocks.max() < count:
         raise IndexError(f"there are {count} blocks, not {blocks}")
-    return coder() is not None and simd() != Simd.NUMBA and rows.itemsize == 2
-
-
-def _call(
-    name: str,
-    rows: NDArray[Any],
-    blocks: NDArray[np.int64],
-    tiles: NDArray[Any],
-    of_tokens: bool,
-) -> None:
+    library = coder()
+    if library is None or simd() == Simd.NUMBA or rows.itemsize != 2:
+        plain(rows, blocks, tiles, of_tokens=of_tokens)
+        return
     blocks = np.ascontiguousarray(blocks, np.int64)
     form = np.array([*tiles.shape[1:], *(stride // 4 for stride in tiles.strides)], np.int64)
     address = form.ctypes.data
-    getattr(coder(), name)(
+    getattr(library, native)(
         of_tokens, len(blocks), blocks.ctypes.data, rows.ctypes.data,
         address, address + 5 * form.itemsize, tiles.ctypes.data,
     )  # fmt: skip
