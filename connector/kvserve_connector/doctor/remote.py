@@ -42,8 +42,8 @@ from kvserve_connector.protocol import Kind
 from kvserve_connector.replies import Refuse
 from kvserve_strategies.artifacts import Patience, open_store
 
-SETTLED_S: Final = 1.0
-"""A controller that refuses a Hello does so at once, which on a busy machine takes more than half a second."""
+SETTLED_S: Final = 2.0
+"""A controller that refuses a Hello does so at once, which on a busy machine takes more than a second."""
 MAX_STATUS_BYTES: Final = 8 << 20
 _NOWHERE: Final = "sha256:" + "0" * 64
 
