@@ -29,9 +29,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
+from statistics import median
 from typing import Any, Final
 
 from rich.console import Console
@@ -70,6 +72,7 @@ BUDGET_BP: Final = 100
 OBJECTIVE_S: Final = 2.0
 """What most transfers of a MaximizeQuality policy shall take at most."""
 PROBE_TOKENS: Final = 1000
+PROBES: Final = 5
 OVERTIME: Final = 1.05
 """Beyond so many times the time that was given nothing more is begun."""
 SETTLE_S: Final = 1.2
@@ -111,6 +114,7 @@ class Run:
         return Speeds(
             prefill_s_per_token=usual.ttft_s / PROBE_TOKENS,
             job_s=usual.ttft_s * mean_tokens / PROBE_TOKENS + usual.jct_s - usual.ttft_s,
+            request_s=self._request_s(),
             mean_tokens=mean_tokens,
         )
 
@@ -135,11 +139,11 @@ class Run:
             name = NONE if policy == RAW else policy.removesuffix(LATE)
             use(self._pareto, control={"mode": "Pinned", "pinnedProfile": name})
 
-    def measure(self, condition: Condition, policy: str) -> dict[str, Any]:
-        """Run one policy under one condition."""
+    def measure(self, condition: Condition, policy: str, turn: slice) -> pd_claims.Cell:
+        """Run one policy under one condition, with those of its requests that are this turn's."""
         requests = pd_load.schedule(
             self.documents, condition.requests, condition.per_s or 1.0, condition.seed
-        )
+        )[turn]
         self.use(policy)
         link = self.pair.link
         link.shape(Moves().mbit(0.0) if condition.moving else condition.mbit)
@@ -148,20 +152,31 @@ class Run:
         bytes_wire = link.sent_bytes() - sent
         link.shape(None)
         time.sleep(SETTLE_S)
-        return pd_claims.row(
-            condition,
-            policy,
-            timings,
+        return pd_claims.Cell(
+            timings=tuple(timings),
             bytes_wire=bytes_wire,
             grown=pd_claims.counted(before, self.pair.totals()),
-            losses_bp=self._losses,
-            objective_s=OBJECTIVE_S,
+        )
+
+    def row(self, condition: Condition, policy: str, cell: pd_claims.Cell) -> pd_claims.Row:
+        """Return what a policy got, in figures."""
+        return pd_claims.row(
+            condition, policy, cell, losses_bp=self._losses, objective_s=OBJECTIVE_S
         )
 
     def lossy(self) -> list[str]:
         """Return the profiles beyond the budget."""
         profiles = self._pareto.classes[DEFAULT_CLASS]
         return [p.name for p in profiles if p.loss_upper_bp > BUDGET_BP]
+
+    def _request_s(self) -> float:
+        """Return what the decode engine takes for a token, if there is nothing to transfer."""
+        one = Request(at_s=0.0, prompt=tuple(self.documents[0][:1]))
+        route = Route(prefill=self.pair.decode.url)
+        found = asyncio.run(pd_load.run([one] * PROBES, route, max_tokens=1, one_by_one=True))
+        if error := next((t.error for t in found if t.error), ""):
+            raise pd_servers.ServerError(f"the decode engine does not answer: {error}")
+        return median(t.ttft_s for t in found)
 
     def _route(self, policy: str) -> Route:
         prefill, decode = self.pair.prefill, self.pair.decode
@@ -229,23 +244,23 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
             f" {conditions[-1].requests} requests on the moving link"
         )
         notes = list(NOTES)
-        for condition, policy in ((c, policy) for c in conditions for policy in c.policies):
-            spent_s = time.perf_counter() - started_s
-            if spent_s > budget_s * OVERTIME:
-                notes.append(f"{condition.name}, {policy}: left out, the time was up")
-                continue
-            try:
-                rows.append(run.measure(condition, policy))
-                _say(_line(rows[-1]) + f"  [{time.perf_counter() - start_s:.0f} s]")
-            except (pd_servers.ServerError, OSError) as error:
-                notes.append(f"{condition.name}, {policy}: not measured, {error}")
-                _say(notes[-1])
+        ends_s = started_s + budget_s * OVERTIME
+        for row in compare(run, conditions, notes, ends_s=ends_s):
+            rows.append(row)
+            _say(_line(row) + f"  [{time.perf_counter() - start_s:.0f} s]")
         lossy = run.lossy()
+    behind = pd_claims.overlap(rows, request_s=speeds.request_s)
+    if behind is not None:
+        notes.append(
+            f"pulled while it goes on, a prefill takes {behind['prefill_times']:.2f} times as long, and the first token"
+            f" {behind['ttft_times']:.2f} times as long as if pulled afterwards, over 100 Mbit/s."
+        )
     return {
         "runs": rows,
         "vs_raw": pd_claims.vs_raw(rows),
         "vs_best_static": pd_claims.vs_best_static(rows, lossy),
-        "claims": pd_claims.claims(rows, lossy),
+        "claims": pd_claims.claims(rows, lossy, request_s=speeds.request_s),
+        "overlap": behind,
         "modelled": pd_model.modelled(
             rows,
             pareto,
@@ -266,10 +281,51 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
         "beyond_budget": lossy,
         "machine": machine(),
         "prefill_s_per_token": speeds.prefill_s_per_token,
+        "request_s": speeds.request_s,
         "requests_per_s": speeds.per_s,
         "quick": quick,
         "notes": notes,
     }
+
+
+def compare(
+    run: Run, conditions: Sequence[Condition], notes: list[str], *, ends_s: float
+) -> Iterator[pd_claims.Row]:
+    """Yield what each policy got under each condition.
+
+    Args:
+        run: The engines.
+        conditions: What to compare under.
+        notes: Takes what was not measured, and why.
+        ends_s: When nothing more is begun, on `time.perf_counter`.
+    """
+    for condition in conditions:
+        cells: dict[str, pd_claims.Cell] = {}
+        failed: set[str] = set()
+        for turn, policy in product(condition.turns(), condition.policies):
+            if policy in failed:
+                continue
+            cell = _tried(run, condition, policy, turn, ends_s)
+            if isinstance(cell, str):
+                failed.add(policy)
+                notes.append(f"{condition.name}, {policy}: not measured, {cell}")
+                _say(notes[-1])
+                continue
+            cells[policy] = cells[policy] + cell if policy in cells else cell
+            if turn.stop == condition.requests:
+                yield run.row(condition, policy, cells[policy])
+
+
+def _tried(
+    run: Run, condition: Condition, policy: str, turn: slice, ends_s: float
+) -> pd_claims.Cell | str:
+    """Return what was measured, or why nothing was."""
+    if time.perf_counter() > ends_s:
+        return "the time was up"
+    try:
+        return run.measure(condition, policy, turn)
+    except (pd_servers.ServerError, OSError) as error:
+        return str(error)
 
 
 NOTES: Final = (

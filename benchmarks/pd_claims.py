@@ -1,6 +1,8 @@
 """What a run of ``make bench-pd`` amounts to: a row for each policy and link, their ratios, and the claims. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
@@ -11,6 +13,7 @@ from pd_plan import (
     ALONE,
     KVSERVE,
     KVSERVE_QUALITY,
+    LATE,
     MOVING,
     ONE_BY_ONE,
     OURS,
@@ -33,6 +36,29 @@ LEAST_LOSS_BP: Final = 1e-3
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What a policy got under a condition, or in one of its rounds; parts add up.
+
+    Attributes:
+        timings: Of each request, in the order of arrival.
+        bytes_wire: All that passed the link, headers included.
+        grown: By how much the engines' counters grew.
+    """
+
+    timings: tuple[Timing, ...]
+    bytes_wire: int
+    grown: Mapping[str, float]
+
+    def __add__(self, other: "Cell") -> "Cell":
+        """Return both together, the other's requests after these."""
+        return Cell(
+            timings=self.timings + other.timings,
+            bytes_wire=self.bytes_wire + other.bytes_wire,
+            grown=Counter(self.grown) + Counter(other.grown),
+        )
+
+
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Return median, 95th percentile and mean; NaN of nothing."""
     if not seconds:
@@ -52,10 +78,8 @@ def counted(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
 def row(
     condition: Condition,
     policy: str,
-    timings: Sequence[Timing],
+    cell: Cell,
     *,
-    bytes_wire: int,
-    grown: Mapping[str, float],
     losses_bp: Mapping[str, float],
     objective_s: float,
 ) -> Row:
@@ -64,12 +88,11 @@ def row(
     Args:
         condition: The link and the load.
         policy: Its name.
-        timings: Of each request, in the order of arrival.
-        bytes_wire: All that passed the link, headers included.
-        grown: By how much the engines' counters grew.
+        cell: What it got.
         losses_bp: Of each profile.
         objective_s: The bound of the time from a prefill's end to the first token, which is the policies' objective.
     """
+    timings, grown = cell.timings, cell.grown
     good = [t for t in timings if not t.error]
     used = {
         key.partition(",")[2].rstrip("}"): int(value)
@@ -88,7 +111,7 @@ def row(
         "ttft_s": percentiles([t.ttft_s for t in good]),
         "jct_s": percentiles([t.jct_s for t in good]),
         "prefill_s": percentiles([t.prefill_s for t in good if t.prefill_s]),
-        "bytes_wire": bytes_wire,
+        "bytes_wire": cell.bytes_wire,
         "errors": len(timings) - len(good),
         "recomputed": int(sum(v for k, v in grown.items() if "failures{receive" in k)),
         "profiles": used,
@@ -100,6 +123,7 @@ def row(
         },
         "jct_each_s": [round(t.jct_s, 4) if not t.error else None for t in timings],
         "ttft_each_s": [round(t.ttft_s, 4) if not t.error else None for t in timings],
+        "prefill_each_s": [round(t.prefill_s, 4) if not t.error else None for t in timings],
     }
 
 
@@ -170,8 +194,14 @@ def less_loss(group: Mapping[str, Row]) -> float | None:
     return min(able) / ours["loss_bp"] if ours["loss_bp"] > 0 else float("inf")
 
 
-def claims(rows: Sequence[Row], lossy: Iterable[str]) -> list[dict[str, Any]]:
-    """Return each target with what was measured for it; targets whose rows are not there are left out."""
+def claims(rows: Sequence[Row], lossy: Iterable[str], *, request_s: float) -> list[dict[str, Any]]:
+    """Return each target with what was measured for it; targets whose rows are not there are left out.
+
+    Args:
+        rows: What was measured.
+        lossy: Policies beyond the quality budget.
+        request_s: What a request takes that has nothing to transfer.
+    """
     groups = _groups(rows)
     found = []
     regime = groups.get(PAPERS_REGIME, {})
@@ -212,7 +242,8 @@ def claims(rows: Sequence[Row], lossy: Iterable[str]) -> list[dict[str, Any]]:
         if {ours, other} <= single.keys():
             times = paired(single[ours], single[other])
             found.append(_claim(name, times, f"<= {most}", times <= most))
-    if (share := hidden(groups)) is not None:
+    if (behind := overlap(rows, request_s=request_s)) is not None:
+        share = behind["hidden"]
         found.append(
             _claim(
                 "100 Mbit/s: share of a transfer hidden behind its prefill",
@@ -224,23 +255,46 @@ def claims(rows: Sequence[Row], lossy: Iterable[str]) -> list[dict[str, Any]]:
     return found
 
 
-def hidden(groups: Mapping[str, Mapping[str, Row]]) -> float | None:
-    """Return the share of the time from prefill to first token that pulling during the prefill saves, by medians."""
-    overlap, single = groups.get(OVERLAP, {}), groups.get(ONE_BY_ONE, {})
-    after = next((one for policy, one in overlap.items() if policy.endswith("after prefill")), None)
-    during = next(
-        (one for policy, one in overlap.items() if not policy.endswith("after prefill")), None
-    )
-    if after is None or during is None or ALONE not in single:
+def overlap(rows: Iterable[Row], *, request_s: float) -> dict[str, float] | None:
+    """Return what it brings to pull while the prefill goes on: medians over the same requests sent in both ways.
+
+    Args:
+        rows: What was measured.
+        request_s: What a request of one token takes that has nothing to transfer.
+
+    Returns:
+        ``hidden``, the share of the time between a prefill's end and the first token, less ``request_s``, that is no
+        longer there; ``prefill_times``, how many times as long the prefill takes beside its transfer, whose coding may
+        share its core; ``ttft_times``, the time to the first token over that of pulling afterwards. None where not both
+        ways were measured.
+    """
+    group = _groups(rows).get(OVERLAP, {})
+    after = next((one for policy, one in group.items() if policy.endswith(LATE)), None)
+    during = next((one for policy, one in group.items() if not policy.endswith(LATE)), None)
+    if after is None or during is None:
         return None
-    shares = [
-        (late - early) / (late - none)
-        for late, early, none in zip(
-            after["ttft_each_s"], during["ttft_each_s"], single[ALONE]["ttft_each_s"], strict=True
-        )
-        if late and early and none and late > none
+    # a request that failed has no times
+    both = [
+        (late, early)
+        for late, early in zip(_first_tokens(after), _first_tokens(during), strict=True)
+        if late and early and late[0] - late[1] > request_s
     ]
-    return median(shares) if shares else None
+    if not both:
+        return None
+    return {
+        "hidden": median(
+            1 - max(ttft - prefill - request_s, 0.0) / (late_ttft - late_prefill - request_s)
+            for (late_ttft, late_prefill), (ttft, prefill) in both
+        ),
+        "prefill_times": median(early[1] / late[1] for late, early in both),
+        "ttft_times": median(early[0] / late[0] for late, early in both),
+    }
+
+
+def _first_tokens(one: Row) -> list[tuple[float, float] | None]:
+    """Return for each request the time to its first token and to its prefill's end; None if it failed."""
+    pairs = zip(one["ttft_each_s"], one["prefill_each_s"], strict=True)
+    return [(ttft, prefill) if ttft and prefill else None for ttft, prefill in pairs]
 
 
 def _groups(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 RAW: Final = "raw"
@@ -16,8 +17,10 @@ FEW: Final = ("cachegen", "joint-10")
 """At constant rates."""
 MOST: Final = 40
 LEAST: Final = 2
-SINGLES: Final = 8
+SINGLES: Final = 16
 """At least so many one by one: what is held against a few per cent must not rest on two."""
+ROUNDS: Final = 4
+"""Requests one by one are spread over so many turns of all policies: what the machine does meanwhile meets all."""
 QUEUED: Final = 12
 """At least so many in the paper's regime: raw transfers wait for each other there, which the first ones do not show."""
 ONE_BY_ONE: Final = "one by one"
@@ -60,6 +63,7 @@ class Condition:
         per_s: How many arrive in a second; 0: each waits for the one before.
         policies: Which are compared.
         seed: Of arrivals and prompts.
+        rounds: Policies take turns so many times, each time with a part of the requests.
     """
 
     name: str
@@ -69,6 +73,13 @@ class Condition:
     policies: tuple[str, ...]
     moving: bool = False
     seed: int = 1
+    rounds: int = 1
+
+    def turns(self) -> list[slice]:
+        """Return which of the requests belong to each round; no round is empty."""
+        rounds = min(self.rounds, self.requests)
+        edges = [self.requests * i // rounds for i in range(rounds + 1)]
+        return [slice(a, b) for a, b in pairwise(edges)]
 
     def least_s(self, job_s: float, mean_tokens: float) -> float:
         """Estimate how long it takes.
@@ -81,7 +92,7 @@ class Condition:
         raw_s = 0.0
         if self.mbit is not None and not self.moving:
             raw_s = self.requests * mean_tokens * BITS_A_TOKEN / (self.mbit * 1e6)
-        each_s = arriving_s + job_s + SWITCH_S
+        each_s = arriving_s + len(self.turns()) * (job_s + SWITCH_S)
         raw_extra_s = max(0.0, raw_s - arriving_s) if RAW in self.policies else 0.0
         return len(self.policies) * each_s + raw_extra_s
 
@@ -110,11 +121,13 @@ class Speeds:
     Attributes:
         prefill_s_per_token: Of the prefill engine.
         job_s: A mean request alone.
+        request_s: A request of one token for one token, of the decode engine.
         mean_tokens: Of a prompt.
     """
 
     prefill_s_per_token: float
     job_s: float
+    request_s: float
     mean_tokens: float
 
     @property
@@ -160,7 +173,7 @@ def _conditions(speeds: Speeds, requests: int, *, quick: bool) -> tuple[Conditio
             replace(regime, policies=(RAW, KVSERVE)),
             replace(moving, requests=2 * requests, policies=(RAW, "joint-3", *OURS)),
         )
-    one_by_one = replace(one_by_one, requests=max(requests, SINGLES))
+    one_by_one = replace(one_by_one, requests=max(requests, SINGLES), rounds=ROUNDS)
     regime = replace(regime, requests=max(requests, QUEUED))
     overlap = replace(one_by_one, name=OVERLAP, mbit=100.0, policies=(HIDING + LATE, HIDING))
     rates = (replace(base, name=f"{mbit} Mbit/s", mbit=float(mbit)) for mbit in RATES_MBIT)

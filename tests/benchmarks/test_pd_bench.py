@@ -1,6 +1,7 @@
 """The pure parts of ``make bench-pd``: arrivals, the plan, what a run amounts to, and the model of GPUs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -26,21 +27,20 @@ from pd_plan import (
 )
 from pd_servers import read_totals
 
-SPEEDS = Speeds(prefill_s_per_token=1e-3, job_s=1.5, mean_tokens=mean_tokens())
+SPEEDS = Speeds(prefill_s_per_token=1e-3, job_s=1.5, request_s=0.05, mean_tokens=mean_tokens())
 CONDITION = Condition(name=MOVING, mbit=20.0, requests=3, per_s=1.0, policies=(RAW,), moving=True)
+
+
+def cell(timings: Sequence[Timing], bytes_wire: int = 1, **grown: float) -> pd_claims.Cell:
+    """Return what a policy got."""
+    return pd_claims.Cell(timings=tuple(timings), bytes_wire=bytes_wire, grown=grown)
 
 
 def row(policy: str, *jct_s: float, name: str = MOVING, **changes: Any) -> pd_claims.Row:
     """Return the row of a policy whose requests took so long."""
     timings = [Timing(at_s=0.0, tokens=500, prefill_s=0.5, ttft_s=s - 0.1, jct_s=s) for s in jct_s]
     made = pd_claims.row(
-        replace(CONDITION, name=name),
-        policy,
-        timings,
-        bytes_wire=1,
-        grown={},
-        losses_bp={},
-        objective_s=1.0,
+        replace(CONDITION, name=name), policy, cell(timings), losses_bp={}, objective_s=1.0
     )
     return made | changes
 
@@ -133,14 +133,15 @@ def test_a_row_says_what_was_used_and_lost() -> None:
     found = pd_claims.row(
         CONDITION,
         KVSERVE,
-        timings,
-        bytes_wire=77,
-        grown={
-            "transfers{receive,joint-3}": 1.0,
-            "transfers{receive,none}": 3.0,
-            "transfers{send,none}": 9.0,
-            "transfer_failures{receive,Timeout}": 2.0,
-        },
+        cell(
+            timings,
+            **{
+                "transfers{receive,joint-3}": 1.0,
+                "transfers{receive,none}": 3.0,
+                "transfers{send,none}": 9.0,
+                "transfer_failures{receive,Timeout}": 2.0,
+            },
+        ),
         losses_bp={"joint-3": 40.0, "none": 0.0},
         objective_s=1.0,
     )
@@ -201,7 +202,7 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
         row(RAW, 1.04, 2.08, name=ONE_BY_ONE),
         row(KVSERVE, 1.04, 2.08, name=ONE_BY_ONE),
     ]
-    found = pd_claims.claims(rows, [])
+    found = pd_claims.claims(rows, [], request_s=0.05)
     assert [(round(one["value"], 3), one["holds"]) for one in found] == [
         (10.0, True),
         (1.05, False),
@@ -210,16 +211,38 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
     ]
 
 
-def test_hidden_share() -> None:
-    """Of the second that a transfer takes after its prefill, pulling early hides what it saves."""
-    groups = {
-        pd_plan.ONE_BY_ONE: {ALONE: row(ALONE, 1.1)},
-        pd_plan.OVERLAP: {
-            pd_plan.HIDING + pd_plan.LATE: row("late", 2.1),
-            pd_plan.HIDING: row("early", 1.3),
-        },
-    }
-    assert pd_claims.hidden(groups) == pytest.approx(0.8)
+def test_parts_of_a_cell_add_up() -> None:
+    """Requests follow each other, bytes and counters are sums."""
+    first, second = (Timing(at_s=at_s, tokens=500, jct_s=1.0) for at_s in (0.0, 1.0))
+    both = cell([first], 3, a=1.0, b=2.0) + cell([second], 4, b=5.0, c=6.0)
+    assert (both.timings, both.bytes_wire) == ((first, second), 7)
+    assert dict(both.grown) == {"a": 1.0, "b": 7.0, "c": 6.0}
+
+
+@pytest.mark.parametrize("requests", [1, 3, 16, 17])
+def test_turns_are_all_requests(requests: int) -> None:
+    """Each request is in one turn, and none is empty."""
+    turns = replace(CONDITION, requests=requests, rounds=4).turns()
+    assert [i for turn in turns for i in range(requests)[turn]] == list(range(requests))
+    assert min(turn.stop - turn.start for turn in turns) >= 1
+    assert len(turns) == min(4, requests)
+
+
+def test_overlap_counts_from_the_prefills_end() -> None:
+    """What comes between a prefill's end and the first token, less the request itself, is hidden or not."""
+    late = row("late", 2.1, 2.1, 2.1, prefill_each_s=[0.95, 0.95, None], name=pd_plan.OVERLAP)
+    early = row("early", 1.6, 1.5, 1.4, prefill_each_s=[1.2, 1.3, 1.0], name=pd_plan.OVERLAP)
+    late["policy"] += pd_plan.LATE
+    found = pd_claims.overlap([late, early], request_s=0.05)
+    # 1 s is to be hidden; of it .25 and .05 s are left, and the third request failed once
+    assert found == pytest.approx(
+        {
+            "hidden": (0.75 + 0.95) / 2,
+            "prefill_times": 1.25 / 0.95,
+            "ttft_times": (1.5 / 2 + 1.4 / 2) / 2,
+        }
+    )
+    assert pd_claims.overlap([late], request_s=0.05) is None
 
 
 def test_the_model_gives_a_lone_request_its_own_times() -> None:
