@@ -141,9 +141,10 @@ class Run:
 
     def measure(self, condition: Condition, policy: str, turn: slice) -> pd_claims.Cell:
         """Run one policy under one condition, with those of its requests that are this turn's."""
-        requests = pd_load.schedule(
+        whole = pd_load.schedule(
             self.documents, condition.requests, condition.per_s or 1.0, condition.seed
-        )[turn]
+        )
+        requests = [replace(r, at_s=r.at_s - whole[turn][0].at_s) for r in whole[turn]]
         self.use(policy)
         link = self.pair.link
         link.shape(Moves().mbit(0.0) if condition.moving else condition.mbit)

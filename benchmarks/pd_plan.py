@@ -21,6 +21,8 @@ SINGLES: Final = 16
 """At least so many one by one: what is held against a few per cent must not rest on two."""
 ROUNDS: Final = 4
 """Requests one by one are spread over so many turns of all policies: what the machine does meanwhile meets all."""
+COURSE: Final = 12
+"""A turn on the moving link has at least so many requests, so that it meets each of the rates; two turns if it can."""
 QUEUED: Final = 12
 """At least so many in the paper's regime: raw transfers wait for each other there, which the first ones do not show."""
 ONE_BY_ONE: Final = "one by one"
@@ -181,7 +183,12 @@ def _conditions(speeds: Speeds, requests: int, *, quick: bool) -> tuple[Conditio
     return (
         one_by_one,
         regime,
-        replace(moving, requests=3 * requests, policies=(*OURS, RAW, *STATICS)),
+        replace(
+            moving,
+            requests=3 * requests,
+            policies=(*OURS, RAW, *STATICS),
+            rounds=max(1, min(2, 3 * requests // COURSE)),
+        ),
         overlap,
         replace(base, name="unshaped", policies=(RAW, "joint-3", KVSERVE)),
         *rates,
