@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from controller_queue import Sent
 from kvserve_api.latency import Link, StageCost
-from kvserve_connector.links import LinkState, Promise
+from kvserve_connector.links import LinkState
 from kvserve_connector.loads import Coders
+from kvserve_connector.promises import Promise
 
 INFO_BYTES: Final = 192
 ACKED_AT: Final = 120

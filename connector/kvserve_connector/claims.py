@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvserve_api.errors import TransferError, TransferReason
+from kvserve_api.errors import TransferError, TransferReason, WireError, WireReason
 from kvserve_connector.chunks import Chunk
+from kvserve_connector.commands import Pull
+from kvserve_connector.form import Form
 from kvserve_connector.handover import Prefill
 
 
@@ -115,3 +117,34 @@ class Claim:
     def valid(self, seen: Computed) -> bool:
         """Tell whether the blocks of what was seen are still this request's."""
         return self._entry.epoch == seen.epoch
+
+    def check(self, pull: Pull, form: Form) -> None:
+        """Refuse a consumer for which these bytes would mean something else.
+
+        Args:
+            pull: What it asks for, and of what.
+            form: Of this engine's cache.
+
+        Raises:
+            WireError: Its model, layout, rank or prompt is another one.
+        """
+        if pull.fingerprint != form.fingerprint:
+            raise WireError(WireReason.MODEL_MISMATCH, "the consumer serves another model")
+        if pull.layout != form.layout:
+            raise WireError(WireReason.LAYOUT_MISMATCH, f"here is {form.layout}")
+        if (pull.rank, pull.ranks) != (form.rank, form.ranks):
+            raise WireError(
+                WireReason.LAYOUT_MISMATCH,
+                f"the consumer is worker {pull.rank} of {pull.ranks}, this is {form.rank} of"
+                f" {form.ranks}: give both tensor_parallel_size {form.ranks}",
+            )
+        if pull.blocks != form.blocks:
+            raise WireError(
+                WireReason.LAYOUT_MISMATCH,
+                "the consumer's blocks hold something else: another vLLM, attention backend or cache dtype",
+            )
+        if (pull.tokens.stop, pull.prompt_digest) != (
+            self.prefill.tokens,
+            self.prefill.prompt_digest,
+        ):
+            raise WireError(WireReason.RANGE_MISMATCH, "the consumer's prompt is another one")

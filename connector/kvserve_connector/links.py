@@ -5,19 +5,18 @@ something was waiting to be. Unlike clocks around ``send``, that is not fooled b
 or a process that had to wait for its core.
 """
 
-import math
 import socket
-import struct
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, Self
+from dataclasses import replace
+from typing import Final
 
 from kvserve_api.latency import NO_LOAD, Link
+from kvserve_connector.goodput import Goodput, Sample, blend
 from kvserve_connector.loads import TINY_S, Arrivals, Coders
+from kvserve_connector.tcp_account import TcpProgress
 
 SAMPLE_BYTES: Final = 1 << 20
 """Within a transfer, a sample is complete with this many acknowledged bytes, or after `SAMPLE_S` of busy time."""
@@ -32,135 +31,7 @@ FORGET_S: Final = 20.0
 """After so long without a sample that surely was the link's, it may be twice as fast as it has shown since then."""
 BURST_BYTES: Final = 128 << 10
 """What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
-FALL: Final = 0.7
-"""Weight of a sample below the estimate: a drop is believed almost at once, because every transfer suffers by it."""
-RISE: Final = 0.5
-"""Weight of a sample above it: two transfers after a recovery three quarters of the way are made."""
-MIN_BYTES_PER_S: Final = 1e3
-MAX_BYTES_PER_S: Final = 1e12
 MAX_LINKS: Final = 256
-
-_TCP_INFO: Final = 11
-# of struct tcp_info in linux/tcp.h, which only ever grows at its end: bytes_acked, min_rtt, delivery_rate, busy_time,
-# rwnd_limited
-_ACCOUNT: Final = struct.Struct("<Q20xI8x3Q")
-_ACCOUNT_AT: Final = 120
-_ACCOUNT_END: Final = _ACCOUNT_AT + _ACCOUNT.size
-_INFO_BYTES: Final = 192
-_UNMEASURED_US: Final = 0xFFFFFFFF
-_TCP: Final = socket.IPPROTO_TCP
-_LINUX: Final = sys.platform == "linux"
-
-
-class TcpProgress(NamedTuple):
-    """The kernel's own account of what one connection has sent; read for every choice, so it must cost little.
-
-    Attributes:
-        acked_bytes: Bytes the other side has acknowledged.
-        min_rtt_us: Least round trip, in microseconds; `_UNMEASURED_US` while there was none.
-        delivery_bytes_per_s: The kernel's own latest estimate.
-        sending_us: Microseconds in which data was on its way or waiting for the link or a slow reader.
-        reader_us: Those of them in which it waited for a slow reader.
-    """
-
-    acked_bytes: int
-    min_rtt_us: int
-    delivery_bytes_per_s: int
-    sending_us: int
-    reader_us: int
-
-    @classmethod
-    def of(cls, connection: socket.socket) -> Self | None:
-        """Read it; None where the kernel keeps no such account."""
-        if not _LINUX:
-            return None
-        try:
-            info = connection.getsockopt(_TCP, _TCP_INFO, _INFO_BYTES)
-        except OSError:
-            return None
-        if len(info) < _ACCOUNT_END:
-            return None
-        return tuple.__new__(cls, _ACCOUNT.unpack_from(info, _ACCOUNT_AT))
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds in which data was on its way or waiting for the link; waiting for a slow reader not counted."""
-        return max(0, self.sending_us - self.reader_us) / 1e6
-
-    @property
-    def min_rtt_s(self) -> float:
-        """Least round trip, in seconds; 0 while there was none."""
-        return 0.0 if self.min_rtt_us == _UNMEASURED_US else self.min_rtt_us / 1e6
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """What was seen of a link for a while.
-
-    Attributes:
-        acked_bytes: Bytes that were acknowledged.
-        burst_bytes: How many of them may have been bursts.
-        busy_s: Seconds they took.
-        slack_s: How many of these may not have been the link's.
-    """
-
-    acked_bytes: float
-    burst_bytes: float
-    busy_s: float
-    slack_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Goodput:
-    """What is thought of a link, in bytes a second.
-
-    Attributes:
-        bytes_per_s: Its goodput.
-        shown_bytes_per_s: What it has shown to be capable of, as far as nothing has contradicted it since.
-        doubted: The last sample said that the link surely is slower.
-    """
-
-    bytes_per_s: float
-    shown_bytes_per_s: float
-    doubted: bool = False
-
-
-def blend(known: Goodput | None, sample: Sample) -> Goodput | None:
-    """Return what is thought of a link after one more sample; None if still nothing is known.
-
-    A link is slower than thought if even all bytes, bursts included, came slower in the time that surely was the
-    link's. It is faster than thought if the bytes beyond the bursts came faster. What small transfers say is often
-    neither, because most of their time is not the link's: then the thought returns to what the link has shown, or a few
-    late acknowledgements would make a fast link slow for as long as compressed transfers leave it idle.
-    """
-    if not sample.busy_s > 0:
-        return known
-    whole = sample.acked_bytes / sample.busy_s
-    steady = max(0.0, sample.acked_bytes - sample.burst_bytes) / sample.busy_s
-    surely_s = sample.busy_s - sample.slack_s
-    most = sample.acked_bytes / surely_s if surely_s > 0 else math.inf
-    doubted = False
-    if known is None:
-        moved = shown = steady or whole
-    else:
-        moved, shown = known.bytes_per_s, known.shown_bytes_per_s
-        if most < moved:
-            doubted = surely_s > sample.slack_s
-            if doubted and known.doubted:
-                # one may have waited for a core, two in a row are the link: as times are averaged, so that a drop to a
-                # hundredth needs no third
-                shown = min(shown, most)
-                moved = 1 / (FALL / whole + (1 - FALL) / moved) if whole else MIN_BYTES_PER_S
-            else:
-                moved += FALL * (whole - moved)
-        elif steady > moved:
-            # in less time than can be told: at least so fast
-            moved += (RISE if surely_s > 0 else 1.0) * (steady - moved)
-        elif most >= shown > moved:
-            moved += RISE * (shown - moved)
-        shown = max(shown, moved)
-    moved, shown = (min(max(value, MIN_BYTES_PER_S), MAX_BYTES_PER_S) for value in (moved, shown))
-    return Goodput(bytes_per_s=moved, shown_bytes_per_s=shown, doubted=doubted)
 
 
 class LinkState:
@@ -350,44 +221,6 @@ class LinkState:
             self._acked_bytes, self._burst_bytes = 0, 0
             self._busy_s = self._slack_s = 0.0
             self._since_s = time_s
-
-
-@dataclass(slots=True)
-class Promise:
-    """One transfer's part of what link, coders and consumer are to do; taken back as it is done.
-
-    Attributes:
-        link: The link.
-        coders: What encodes.
-        wire_bytes: Expected on the wire.
-        encode_s: Expected of encoding, in seconds of one thread.
-        decode_s: Expected of decoding, in seconds of one thread.
-        left: Share of the transfer that is still to be done.
-    """
-
-    link: "LinkState"
-    coders: Coders
-    wire_bytes: float
-    encode_s: float
-    decode_s: float
-    left: float = 0.0
-
-    def make(self) -> None:
-        """Promise the whole transfer."""
-        self._add(1.0)
-
-    def keep(self, share: float) -> None:
-        """A share of the transfer is done."""
-        self._add(-min(share, self.left))
-
-    def end(self) -> None:
-        """Nothing more is to be done, however the transfer went."""
-        self._add(-self.left)
-
-    def _add(self, share: float) -> None:
-        self.left += share
-        self.link.queue(share * self.wire_bytes, share * self.decode_s)
-        self.coders.promise(share * self.encode_s)
 
 
 class LinkBook:

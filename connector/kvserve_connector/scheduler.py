@@ -9,16 +9,15 @@ from opentelemetry import trace
 from vllm.v1.request import RequestStatus
 
 from kvserve_api.errors import SpecError
-from kvserve_api.names import XARG_WORKLOAD
-from kvserve_api.profile_set import DEFAULT_CLASS, NAME_PATTERN
 from kvserve_connector import tracing
 from kvserve_connector.engine import Engine
-from kvserve_connector.handover import Lease, Load, Prefill, Progress, prompt_digest
+from kvserve_connector.handover import Lease, Load, Prefill, Progress
 from kvserve_connector.metadata import ServerAddress, StepMetadata
-from kvserve_connector.remote import MAX_ID, TRANSFER_KEY, Remote
+from kvserve_connector.prompts import digest, stored_prompt, transfer_id, transferable, workload
+from kvserve_connector.remote import Remote
 from kvserve_connector.stores.config import StoreConfig
-from kvserve_connector.stores.messages import Prompt, StoreNews
-from kvserve_connector.stores.requests import StoreRequests, pack_tokens
+from kvserve_connector.stores.messages import StoreNews
+from kvserve_connector.stores.requests import StoreRequests
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -64,7 +63,7 @@ class SchedulerHalf:
         self._store: StoreRequests | None = None
         if store is not None and engine.layout is not None:
             saves = store.save and is_producer
-            self._store = StoreRequests(store, saves=saves, prompt=_prompt)
+            self._store = StoreRequests(store, saves=saves, prompt=stored_prompt)
 
     def set_addresses(self, addresses: Sequence[ServerAddress]) -> None:
         """Take note of where the transfer servers of the workers listen, in order of their ranks."""
@@ -82,16 +81,16 @@ class SchedulerHalf:
         if not (self._is_producer and params and params.get("do_remote_decode") is True):
             return
         self._shorten(request, params)
-        if self._address is None or not _transferable(request):
+        if self._address is None or not transferable(request):
             return
         self._prefilling[request.request_id] = request
         self._step.prefills.append(
             Prefill(
                 request_id=request.request_id,
-                transfer_id=_transfer_id(params),
+                transfer_id=transfer_id(params),
                 tokens=request.num_prompt_tokens,
-                prompt_digest=_digest(request, request.num_prompt_tokens),
-                workload=_workload(request),
+                prompt_digest=digest(request, request.num_prompt_tokens),
+                workload=workload(request),
             )
         )
 
@@ -132,7 +131,7 @@ class SchedulerHalf:
         # once only: a request that was preempted arrives again
         if not held_back or params.get(_SHORTENED) or request.num_prompt_tokens <= held_back:
             return
-        if not _transferable(request) or request.get_skip_reading_prefix_cache():
+        if not transferable(request) or request.get_skip_reading_prefix_cache():
             return
         params[_SHORTENED] = True
         del request.prompt_token_ids[-held_back:]
@@ -177,9 +176,9 @@ class SchedulerHalf:
                 request_id=request.request_id,
                 remote=remote,
                 tokens=range(total - external, total),
-                prompt_digest=_digest(request, total),
+                prompt_digest=digest(request, total),
                 block_ids=self._held(blocks.get_block_ids(), total),
-                workload=_workload(request),
+                workload=workload(request),
             )
         )
 
@@ -215,7 +214,7 @@ class SchedulerHalf:
         )
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         wanted = self._is_producer and params.get("do_remote_decode") is True and whole
-        if not (wanted and tokens and _transferable(request)):
+        if not (wanted and tokens and transferable(request)):
             return False, None
         if self._address is None:
             self._step.unserved += 1
@@ -263,9 +262,9 @@ class SchedulerHalf:
             Lease(
                 request_id=request.request_id,
                 tokens=tokens,
-                prompt_digest=_digest(request, tokens),
+                prompt_digest=digest(request, tokens),
                 block_ids=held,
-                workload=_workload(request),
+                workload=workload(request),
                 model_s=max(0.0, now_s - request.arrival_time),
             )
         )
@@ -304,9 +303,9 @@ class SchedulerHalf:
             return False
         if remote.transfer:
             # how many tokens it has is compared when it is pulled
-            return _transferable(request) and fetchable > 0
+            return transferable(request) and fetchable > 0
         # of a prompt that is too short to be held back, the prefill holds what is of no use
-        if _transferable(request) and (remote.tokens == fetchable or fetchable == 0):
+        if transferable(request) and (remote.tokens == fetchable or fetchable == 0):
             return True
         logger.warning(
             "request %s is computed here: its prefill holds %d tokens, of its prompt %d are wanted",
@@ -322,57 +321,3 @@ def _continues(known: Progress, computed: int, block_ids: tuple[tuple[int, ...],
     return computed >= known.tokens and all(
         now[: len(before)] == before for before, now in zip(known.block_ids, block_ids, strict=True)
     )
-
-
-def _transferable(request: "Request") -> bool:
-    """Tell whether the prompt is known by its tokens; one given as embeddings has no identity to compare."""
-    return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
-
-
-def _transfer_id(params: dict[str, Any]) -> str | None:
-    """Return the name by which a router tells a consumer of a prefill; None if it does not, or not as one can."""
-    name = params.get(TRANSFER_KEY)
-    return name if isinstance(name, str) and 0 < len(name) <= MAX_ID else None
-
-
-def _extras(request: "Request") -> list[str]:
-    """Return everything besides its tokens that a prompt's KV depends on."""
-    extras = [feature.identifier for feature in request.mm_features or ()]
-    if request.lora_request is not None:
-        extras.append(request.lora_request.lora_name)
-    return extras
-
-
-def _digest(request: "Request", tokens: int) -> str:
-    """Return the identity of a prompt's first tokens, with everything besides them that their KV depends on."""
-    assert request.prompt_token_ids is not None
-    return prompt_digest(request.prompt_token_ids[:tokens], _extras(request))
-
-
-def _prompt(request: "Request") -> Prompt | None:
-    """Return a request's prompt as a store knows it; None if it has no identity.
-
-    What a store holds outlives engines, so an adapter is also told by its path; and a salt keeps tenants apart.
-    """
-    if not _transferable(request):
-        return None
-    extras = _extras(request)
-    if request.lora_request is not None:
-        extras.append(request.lora_request.lora_path)
-    if request.cache_salt:
-        extras.append(f"salt {request.cache_salt}")
-    return Prompt(
-        request_id=request.request_id,
-        tokens=pack_tokens(request.prompt_token_ids),
-        extras=tuple(extras),
-        workload=_workload(request),
-        traceparent=tracing.request_header(request.trace_headers),
-    )
-
-
-def _workload(request: "Request") -> str:
-    """Return the request's workload class; a name that can't be one counts as the default."""
-    sampling = request.sampling_params
-    extra = (sampling.extra_args if sampling is not None else None) or {}
-    name = extra.get(XARG_WORKLOAD, DEFAULT_CLASS)
-    return name if isinstance(name, str) and NAME_PATTERN.fullmatch(name) else DEFAULT_CLASS

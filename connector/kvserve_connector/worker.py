@@ -33,6 +33,7 @@ from kvserve_connector.metadata import ServerAddress, StepMetadata
 from kvserve_connector.metrics import Data, Metrics
 from kvserve_connector.outcome import Outcome
 from kvserve_connector.processors import processors
+from kvserve_connector.pulls import Pulls
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import ReadyTable, Selector
 from kvserve_connector.server import TransferServer
@@ -174,18 +175,21 @@ class WorkerHalf:
         # in the threads that will code: torch sets itself up anew in each
         warm_up.rehearse(self._coders, self._config.codec_threads, self._engine)
         if self._is_producer:
+            pulls = Pulls(
+                self._config,
+                self._engine.engine_id,
+                cache,
+                self._leases,
+                self._selector,
+                self._links,
+                self._coders,
+                self._metrics,
+                self._bundles,
+                self._engine.step_tokens,
+            )
             try:
                 self._server = TransferServer(
-                    self._config,
-                    self._engine.engine_id,
-                    cache,
-                    self._leases,
-                    self._selector,
-                    self._links,
-                    self._coders,
-                    self._metrics,
-                    self._bundles,
-                    self._engine.step_tokens,
+                    self._config, self._engine.engine_id, self._leases, self._metrics, pulls
                 )
             except OSError as error:
                 where = f"{self._config.listen_host}:{self._config.listen_port}"

@@ -1,7 +1,7 @@
 """The pure parts of ``make bench-pd``: arrivals, the plan, what a run amounts to, and the model of GPUs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -31,9 +31,11 @@ SPEEDS = Speeds(prefill_s_per_token=1e-3, job_s=1.5, request_s=0.05, mean_tokens
 CONDITION = Condition(name=MOVING, mbit=20.0, requests=3, per_s=1.0, policies=(RAW,), moving=True)
 
 
-def cell(timings: Sequence[Timing], bytes_wire: int = 1, **grown: float) -> pd_claims.Cell:
+def cell(
+    timings: Sequence[Timing], bytes_wire: int = 1, grown: Mapping[str, float] | None = None
+) -> pd_claims.Cell:
     """Return what a policy got."""
-    return pd_claims.Cell(timings=tuple(timings), bytes_wire=bytes_wire, grown=grown)
+    return pd_claims.Cell(timings=tuple(timings), bytes_wire=bytes_wire, grown=grown or {})
 
 
 def row(policy: str, *jct_s: float, name: str = MOVING, **changes: Any) -> pd_claims.Row:
@@ -135,7 +137,7 @@ def test_a_row_says_what_was_used_and_lost() -> None:
         KVSERVE,
         cell(
             timings,
-            **{
+            grown={
                 "transfers{receive,joint-3}": 1.0,
                 "transfers{receive,none}": 3.0,
                 "transfers{send,none}": 9.0,
@@ -214,7 +216,7 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
 def test_parts_of_a_cell_add_up() -> None:
     """Requests follow each other, bytes and counters are sums."""
     first, second = (Timing(at_s=at_s, tokens=500, jct_s=1.0) for at_s in (0.0, 1.0))
-    both = cell([first], 3, a=1.0, b=2.0) + cell([second], 4, b=5.0, c=6.0)
+    both = cell([first], 3, {"a": 1.0, "b": 2.0}) + cell([second], 4, {"b": 5.0, "c": 6.0})
     assert (both.timings, both.bytes_wire) == ((first, second), 7)
     assert dict(both.grown) == {"a": 1.0, "b": 7.0, "c": 6.0}
 

@@ -26,7 +26,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ahead_of(both: Pair) -> Ahead:
     """Return what codes ahead."""
-    ahead = both.server._ahead
+    ahead = both.server.pulls._ahead
     assert ahead is not None
     return ahead
 

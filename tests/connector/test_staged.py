@@ -141,7 +141,7 @@ def ends(both: Pair, stall_s: float = 1.0) -> Iterator[Ends]:
 
 def memories(both: Pair) -> tuple[Staging, Reader]:
     """Return the producer's memory and the consumer's."""
-    staging, reader = both.server.staging, both.client.reader
+    staging, reader = both.server.pulls.staging, both.client.reader
     assert staging is not None
     assert reader is not None
     return staging, reader
@@ -203,7 +203,7 @@ def test_a_producer_without_it_sends_over_tcp(
     both: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A consumer that wants NIXL takes chunks over TCP from a producer that has none, and says so once."""
-    monkeypatch.setattr(both.server, "staging", None)
+    monkeypatch.setattr(both.server.pulls, "staging", None)
     for index in range(2):
         outcome = fetch(both, f"plain{index}")
         assert (outcome.failure, outcome.transport) == ("", "tcp")

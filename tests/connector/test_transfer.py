@@ -16,7 +16,7 @@ from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, Pair, make_c
 from kvserve_api.strategy import Part, StrategyConfig
 from kvserve_connector.chunks import ahead_layers, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.links import Goodput
+from kvserve_connector.goodput import Goodput
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline

@@ -27,6 +27,7 @@ from kvserve_connector.links import LinkBook
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.outcome import Outcome
 from kvserve_connector.paged import PagedCache
+from kvserve_connector.pulls import Pulls
 from kvserve_connector.remote import Remote
 from kvserve_connector.selector import Selector
 from kvserve_connector.server import TransferServer
@@ -219,9 +220,10 @@ def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: Any) -> Iterat
     ours = BundleBook(None, ENGINE.fingerprint, ENGINE.layout)
     theirs = BundleBook(None, form.fingerprint, form.layout)
     encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    server = TransferServer(
+    pulls = Pulls(
         config, ENGINE.engine_id, source, leases, selector, links, encoders, metrics, ours, 32
     )
+    server = TransferServer(config, ENGINE.engine_id, leases, metrics, pulls)
     made: list[Pair] = []
     client = TransferClient(
         config,

@@ -21,7 +21,7 @@ def main() -> None:
     with pair(transport="nixl", credentials=credentials, staging_bytes=8 << 20) as both:
         for index in range(REQUESTS):
             both.lease(f"r{index}", TOKENS, FROM)
-        staging = both.server.staging
+        staging = both.server.pulls.staging
         assert staging is not None
         found = {
             "port": both.server.port,

@@ -49,11 +49,11 @@ def make_request(tokens: int, request_id: str = "r1", **facts: Any) -> Any:
 
 def make_store(*, saves: bool = True, config: StoreConfig = CONFIG) -> tuple[Any, Clock]:
     """Return the scheduler's side, and its clock."""
-    from kvserve_connector.scheduler import _prompt
+    from kvserve_connector.prompts import stored_prompt
     from kvserve_connector.stores.requests import StoreRequests
 
     clock = Clock()
-    return StoreRequests(config, saves=saves, prompt=_prompt, now_s=clock), clock
+    return StoreRequests(config, saves=saves, prompt=stored_prompt, now_s=clock), clock
 
 
 def run(store: Any, **tokens: int) -> Any:
@@ -248,14 +248,14 @@ def test_the_engines_speed_is_learned() -> None:
 
 def test_prompts_have_everything_that_decides_their_kv() -> None:
     """Adapters by name and path, salts and tokens make other prompts; one given as embeddings has no name."""
-    from kvserve_connector.scheduler import _prompt
+    from kvserve_connector.prompts import stored_prompt
 
     plain, salted = make_request(64), make_request(64, cache_salt="tenant-1")
     lora = make_request(
         64, lora_request=SimpleNamespace(lora_name="a", lora_path="/adapters/a", lora_int_id=1)
     )
-    prompts = [_prompt(request) for request in (plain, salted, lora)]
+    prompts = [stored_prompt(request) for request in (plain, salted, lora)]
     extras = [prompt.extras for prompt in prompts if prompt is not None]
     assert extras == [(), ("salt tenant-1",), ("a", "/adapters/a")]
     plain.prompt_token_ids = None
-    assert _prompt(plain) is None
+    assert stored_prompt(plain) is None
