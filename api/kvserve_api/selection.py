@@ -63,10 +63,15 @@ TIGHT: Final = 1
 """In time, but by so little that it does not take the place of a profile in use."""
 LATE: Final = 2
 UNSTABLE: Final = 3
+NEAR: Final = 0.1
+"""Where none is in time, one whose time and cost to others is worse than the best by no more than this share counts as
+good: by less than that predictions scatter."""
 ROUNDED: Final = 1 + 1e-9
 """What rounding may take from a sum of times is far less."""
 _Weighed: TypeAlias = tuple[int, str, float, float, float, float, float, tuple[float, float, float]]
 """A candidate's turn, name, time, merit, times of encoding, wire and decoding, and hopes."""
+_Late: TypeAlias = tuple[float, float, float, int, str]
+"""A candidate's merit by the goal, merit by time, time, order and name."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
 # past the arguments of a named tuple, which take as long as all else of it
 _new: Final = tuple.__new__
@@ -97,8 +102,9 @@ def select(
     The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile
     and keep every queue finite at the present load, the best by the goal wins; a time to minimise counts the delay
     that the transfer causes to those behind it, and to what engines compute on the processors that code. If none meets
-    the deadline the fastest wins, because missing by less is better than giving up; if none keeps the queues finite,
-    what they are now and what each adds to them decides, so that transfers divide themselves between link and coders.
+    the deadline, the fastest wins, because missing by less is better than giving up; for another goal the best by it
+    among those that are about as fast. If none keeps the queues finite, what they are now and what each adds to them
+    decides, so that transfers divide themselves between link and coders.
 
     Args:
         table: The last acknowledged table.
@@ -154,6 +160,7 @@ def select(
         allowance_s > 0 and rule.explore_share > 0 and mode is _ACTIVE and rule.goal is not _QUALITY
     )
     weighed: list[_Weighed] = []
+    late: list[_Late] = []
     # what takes longer than this, and is no better in keeping its deadline, is neither chosen nor tried
     longest_s = _INFINITY
     surely_late_s = deadline_s * ROUNDED
@@ -242,8 +249,11 @@ def select(
             decode_cost = link_rate * decode_s * (decode_wait_s + decode_s)
             merit = (decode_cost if decode_cost > cost else cost) + engines_s
         merit += seconds
-        if level < LATE and fixed is not None:
-            merit = fixed
+        if fixed is not None:
+            if level < LATE:
+                merit = fixed
+            elif level == LATE:
+                late.append((fixed, merit, seconds, order, name))
         if name == incumbent:
             own_s, own_merit, own_level = seconds, merit, level
         if level < best_level or (
@@ -264,10 +274,16 @@ def select(
                     # held against the best, or against what is kept in its place
                     longest_s = (own_merit if own_merit > merit else merit) + allowance_s
                 longest_s *= ROUNDED
+            elif not by_time:
+                # in time, the goal decides, whatever it takes
+                longest_s = merit * (1 + NEAR) * ROUNDED if level == LATE else _INFINITY
         if exploring and level < LATE:
             turn = -1 if name == incumbent else order
             weighed.append((turn, name, seconds, merit, encode_s, wire_s, decode_s, hopes))
 
+    if best_level == LATE and late:
+        near_s = best_merit * (1 + NEAR)
+        _, best_merit, best_s, _, best_name = min([one for one in late if one[1] <= near_s])
     bound = _BOUNDS[best_level]
     wait_s = wire_wait_s if wire_wait_s > encode_wait_s else encode_wait_s
     waiting_s = rtt_s + (decode_wait_s if decode_wait_s > wait_s else wait_s)

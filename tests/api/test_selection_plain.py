@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from decision_tables import busy_links, tables
 from kvserve_api.latency import MOST_UTILISATION, Link, Prediction, predict
 from kvserve_api.policy import Goal
-from kvserve_api.selection import FITS, LATE, LEAST_GAIN, QUIET, TIGHT, UNSTABLE, Bound, select
+from kvserve_api.selection import (
+    FITS,
+    LATE,
+    LEAST_GAIN,
+    NEAR,
+    QUIET,
+    TIGHT,
+    UNSTABLE,
+    Bound,
+    select,
+)
 from kvserve_api.table import HOPE, DecisionTable, Doubt
 
 CLOSE = 1e-9
@@ -25,6 +35,13 @@ class Held(NamedTuple):
     seconds: float
     name: str
     prediction: Prediction
+
+
+def by_goal(drawn: DecisionTable, name: str) -> float:
+    """Return the merit of a candidate by a goal other than the time."""
+    candidate = drawn.candidates[name]
+    goal = drawn.rules["default"].goal
+    return candidate.loss_upper_bp if goal is Goal.MAXIMIZE_QUALITY else -candidate.ratio
 
 
 def weigh(drawn: DecisionTable, size: int, link: Link, chunks: int, incumbent: str) -> list[Held]:
@@ -52,7 +69,7 @@ def weigh(drawn: DecisionTable, size: int, link: Link, chunks: int, incumbent: s
         if p.utilisation > MOST_UTILISATION:
             level = UNSTABLE
         if level < LATE and not latency:
-            merit = c.loss_upper_bp if rule.goal is Goal.MAXIMIZE_QUALITY else -c.ratio
+            merit = by_goal(drawn, name)
         held.append(Held(level, merit, p.total_s, name, p))
     return held
 
@@ -87,6 +104,13 @@ def plainly(
     queue_s = link.backlog_bytes / link.bytes_per_s
     waiting_s = link.rtt_s + max(link.encode_backlog_s, queue_s, link.decode_backlog_s)
     latency = rule.goal is Goal.MINIMIZE_LATENCY
+    if best.level == LATE and not latency:
+        most_s = best.merit * (1 + NEAR)
+        fast = [one for one in held if one.level == LATE and one.merit <= most_s]
+        best = min(fast, key=lambda one: (by_goal(drawn, one.name), one.merit))
+        others = [one.merit for one in held if one is not best]
+        tied |= any(math.isclose(merit, most_s, rel_tol=CLOSE) for merit in others)
+        tied |= any(math.isclose(merit, best.merit, rel_tol=CLOSE) for merit in others)
     own = next((one for one in held if one.name == incumbent), None)
     if own is not None and own is not best and own.level == best.level and latency:
         room = drawn.hysteresis * (best.merit - waiting_s)
