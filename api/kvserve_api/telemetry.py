@@ -60,7 +60,7 @@ TRANSFER_WIRE_BYTES: Final = Instrument(
 TRANSFER_STAGE_DURATION: Final = Instrument(
     name="kvserve.transfer.stage.duration",
     unit="s",
-    description="Time of each stage of a transfer (encode, wire, decode, total), by profile.",
+    description="Time of each stage of a transfer (encode, wire, decode, total, exposed), by profile.",
 )
 TRANSFER_FAILURES: Final = Instrument(
     name="kvserve.transfer.failures",

@@ -56,6 +56,7 @@ class Entry:
         epoch: Another whenever its blocks have been given away.
         kept: Whether it has finished and waits for its consumer.
         model_s: Seconds from its arrival to its end.
+        ended_s: When it has finished.
         expires_s: When it is given up unless it is claimed.
         claimed: Whether it is being sent.
         outcome: How it has ended, or will as soon as the engine is done with it.
@@ -67,6 +68,7 @@ class Entry:
     epoch: int = 0
     kept: bool = False
     model_s: float = 0.0
+    ended_s: float = 0.0
     expires_s: float = 0.0
     claimed: bool = False
     outcome: str | None = None
@@ -98,6 +100,12 @@ class Claim:
         """Seconds from its arrival to its end, or to now."""
         entry = self._entry
         return entry.model_s if entry.kept else self._now_s() - entry.begun_s
+
+    @property
+    def since_end_s(self) -> float:
+        """Seconds since its end; 0 before."""
+        entry = self._entry
+        return max(0.0, self._now_s() - entry.ended_s) if entry.kept else 0.0
 
     @property
     def computed(self) -> Computed | None:

@@ -52,6 +52,7 @@ class _Active:
     """A transfer that may be cancelled."""
 
     cancelled: bool = False
+    asked_s: float = 0.0
     frames: FrameSocket | None = None
     futures: list[Future[float]] = field(default_factory=list)
 
@@ -171,9 +172,14 @@ class TransferClient:
             outcome.failure, outcome.detail = KVServeError.reason, str(error)
         if outcome.failure and active.cancelled:
             outcome.failure = TransferReason.CANCELLED
-        outcome.total_s = time.monotonic() - started_s
-        if outcome.end is not None:
-            outcome.total_s = max(0.0, outcome.total_s - outcome.end.waited_s)
+        ended_s = time.monotonic()
+        outcome.total_s = outcome.exposed_s = ended_s - started_s
+        if (end := outcome.end) is not None:
+            outcome.total_s = max(0.0, outcome.total_s - end.waited_s)
+            # the producer's clock shows another time; how long the prefill went on does not depend on it
+            asked_s = active.asked_s if end.prefill_s else started_s
+            exposed_s = max(0.0, ended_s - asked_s - end.prefill_s)
+            outcome.exposed_s = min(outcome.total_s, exposed_s)
         self._renewals.drop(load.remote)
         with self._lock:
             self._active.pop(load.request_id, None)
@@ -229,6 +235,7 @@ class TransferClient:
             try:
                 frames.set_budget(left_s)
                 wish = self._wish(load, left_s).pack()
+                active.asked_s = time.monotonic()
                 frames.send(wish)
                 frames.bind(wish[HEADER_BYTES:])
                 return frames, Accept.parse(receive_message(frames, Kind.ACCEPT))

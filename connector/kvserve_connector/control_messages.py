@@ -61,6 +61,7 @@ def report_message(outcome: Outcome) -> pb.TransferReport:
         wire_s=outcome.wire_s,
         decode_s=outcome.decode_s,
         total_s=outcome.total_s,
+        exposed_s=outcome.exposed_s,
         failure=outcome.failure,
     )
     if accept is not None:

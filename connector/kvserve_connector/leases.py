@@ -128,6 +128,9 @@ class LeaseBook:
             elif lease.tokens != entry.prefill.tokens:
                 # nobody who was promised the whole prompt can use it
                 entry.outcome = entry.outcome or WireReason.RANGE_MISMATCH
+            if not entry.kept:
+                # before it says that it has
+                entry.ended_s = self._now_s()
             entry.kept = True
             entry.computed = Computed(
                 block_ids=lease.block_ids, tokens=lease.tokens, epoch=entry.epoch, whole=True

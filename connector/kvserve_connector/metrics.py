@@ -42,6 +42,7 @@ ROW: Final = (
     "wire_s",
     "decode_s",
     "total_s",
+    "exposed_s",
 )
 """What is summed for each direction and profile, in this order."""
 
@@ -152,7 +153,12 @@ class Metrics:
             outcome.accept.profile,
             outcome.native_bytes,
             outcome.wire_bytes,
-            {"wire": outcome.wire_s, "decode": outcome.decode_s, "total": outcome.total_s},
+            {
+                "wire": outcome.wire_s,
+                "decode": outcome.decode_s,
+                "total": outcome.total_s,
+                "exposed": outcome.exposed_s,
+            },
         )
         with self._lock:
             add_count(self._totals, "transports", f"receive {outcome.transport}")

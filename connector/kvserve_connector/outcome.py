@@ -21,6 +21,7 @@ class Outcome:
         decode_s: Seconds of decoding and writing into the cache.
         transport: What carried the chunks.
         total_s: From the start to the last write, without what the producer waited for the prefill.
+        exposed_s: What of it came after the prefill's end: the rest was hidden behind the prefill.
         failure: Empty, or the reason why the request must be recomputed.
         detail: More about the failure, for people.
     """
@@ -33,6 +34,7 @@ class Outcome:
     wire_s: float = 0.0
     decode_s: float = 0.0
     total_s: float = 0.0
+    exposed_s: float = 0.0
     transport: str = TCP
     failure: str = ""
     detail: str = ""

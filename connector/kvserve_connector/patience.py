@@ -37,7 +37,13 @@ class Patience:
         self._frames = frames
         self._every_s = every_s
         self._closed = closed
+        self._begun_s = time.monotonic()
         self.waited_s = 0.0
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the consumer has asked."""
+        return time.monotonic() - self._begun_s
 
     def wait(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds that changes as the prefill goes on."""

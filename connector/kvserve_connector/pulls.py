@@ -312,7 +312,12 @@ class Pulls:
         known = link.snapshot(self._selector.prior_bytes_per_s, promise.coders)
         end = End(encode_s=encode_s, goodput_bytes_per_s=known.bytes_per_s)
         if pull.transfer:
-            end = replace(end, waited_s=patience.waited_s, model_s=claim.model_s)
+            end = replace(
+                end,
+                waited_s=patience.waited_s,
+                model_s=claim.model_s,
+                prefill_s=max(0.0, patience.spent_s - claim.since_end_s),
+            )
         frames.send(end.pack())
         # what is still on its way may take all the time there is
         frames.set_budget(frames.left_s, patient=True)

@@ -96,18 +96,22 @@ class End:
         goodput_bytes_per_s: Its estimate of the link.
         waited_s: Seconds in which nothing was to be sent, because the prefill was not so far.
         model_s: As in `Accept`, of a prefill that had not ended then.
+        prefill_s: Seconds from the PULL's arrival to the end of that prefill, or to this message if it comes first.
     """
 
     encode_s: float
     goodput_bytes_per_s: float
     waited_s: float = 0.0
     model_s: float = 0.0
+    prefill_s: float = 0.0
 
     def pack(self) -> bytes:
         """Return the frame."""
         value = {"encode_s": self.encode_s, "goodput_bytes_per_s": self.goodput_bytes_per_s}
         if self.waited_s or self.model_s:
             value |= {"waited_s": self.waited_s, "model_s": self.model_s}
+        if self.prefill_s:
+            value["prefill_s"] = self.prefill_s
         return pack_message(Kind.END, value)
 
     @classmethod
@@ -120,6 +124,7 @@ class End:
                 goodput_bytes_per_s=fields.number("goodput_bytes_per_s", minimum=0),
                 waited_s=fields.number("waited_s", 0.0, minimum=0),
                 model_s=fields.number("model_s", 0.0, minimum=0),
+                prefill_s=fields.number("prefill_s", 0.0, minimum=0),
             )
             fields.done()
         except SpecError as error:

@@ -68,6 +68,7 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 ("wire_s", "Seconds in which chunks were arriving, summed."),
                 ("decode_s", "Seconds of decoding, summed."),
                 ("total_s", "Seconds from asking to having everything, summed."),
+                ("exposed_s", "Seconds of these after the prefill's end, summed."),
             )
         }
         self._failures = self._counter(

@@ -47,6 +47,7 @@ class Report:
         wire_s: Time on the wire, waiting included.
         decode_s: Time of decoding, over all chunks.
         total_s: Time from the pull to the last decoded chunk.
+        exposed_s: What of it came after the prefill's end; all of it if the pod does not say.
         model_s: Time from the request's arrival at the producer to the end of its prefill.
         goodput_bytes_per_s: Of the link, after this transfer; 0 if unknown.
         predicted_s: What the pod expected ``total_s`` to be; 0 where nothing was predicted.
@@ -65,6 +66,7 @@ class Report:
     total_s: float
     model_s: float
     goodput_bytes_per_s: float
+    exposed_s: float
     predicted_s: float = 0.0
     producer: str = ""
     version: Version | None = None
@@ -83,6 +85,8 @@ class Report:
             raise ReportError("Failed", "failure", message.failure[:MAX_NAME])
         for name in _TIMES:
             _check_number(name, getattr(message, name), MAX_SECONDS)
+        exposed_s = message.exposed_s if message.HasField("exposed_s") else message.total_s
+        _check_number("exposed_s", exposed_s, message.total_s)
         _check_number("goodput_bytes_per_s", message.goodput_bytes_per_s, MAX_TRANSFER_BYTES)
         if not 0 < message.native_bytes <= MAX_TRANSFER_BYTES:
             raise ReportError("Absurd", "native_bytes", f"is {message.native_bytes}")
@@ -103,6 +107,7 @@ class Report:
             decode_s=message.decode_s,
             total_s=message.total_s,
             model_s=message.model_s,
+            exposed_s=exposed_s,
             goodput_bytes_per_s=message.goodput_bytes_per_s,
             predicted_s=message.predicted_s,
             producer=message.producer,

@@ -29,17 +29,18 @@ def test_what_is_computed_can_be_read(layers: range, tokens: range, holds: bool)
 
 
 def test_a_sender_learns_how_its_prefill_is() -> None:
-    """It sees time pass until the prefill ends, whether blocks are still the request's, and an abort as an error."""
+    """It sees time pass up to its end and after, whether blocks are still the request's, and an abort as an error."""
     entry = Entry(Prefill(request_id="a", tokens=32, prompt_digest="d", workload="w"), begun_s=1.0)
     claim = Claim(entry, lambda: 3.5)
     assert (claim.kept, claim.model_s, claim.computed) == (False, 2.5, None)
+    assert claim.since_end_s == 0
     entry.computed = SEEN
     assert claim.computed is SEEN
     assert claim.valid(SEEN)
     entry.epoch += 1
     assert not claim.valid(SEEN)
-    entry.kept, entry.model_s = True, 2.0
-    assert (claim.kept, claim.model_s) == (True, 2.0)
+    entry.kept, entry.model_s, entry.ended_s = True, 2.0, 3.25
+    assert (claim.kept, claim.model_s, claim.since_end_s) == (True, 2.0, 0.25)
     entry.outcome = "Cancelled"
     with pytest.raises(TransferError, match="the prefill ended: Cancelled"):
         _ = claim.computed

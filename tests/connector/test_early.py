@@ -10,6 +10,7 @@ import torch
 
 from kv_loopback import LAYOUT, Pair, pair
 from kvserve_connector.chunks import Chunk
+from kvserve_connector.control_messages import report_message
 from kvserve_connector.handover import Lease
 
 FROM, TO = (3, 9, 5, 20, 11), (1, 2, 4, 8, 16)
@@ -85,11 +86,35 @@ def test_waiting_is_neither_silence_nor_the_transfers_time() -> None:
         finish(both)
         outcome = both.outcome(request_id)
         assert outcome.failure == ""
-        assert outcome.total_s < 0.7
+        assert 0 <= outcome.exposed_s <= outcome.total_s < 0.7
         assert outcome.end is not None
         assert outcome.end.waited_s > 2.4
         assert outcome.accept is not None
         assert outcome.accept.model_s == 0.5
+
+
+def test_what_is_hidden_behind_the_prefill_is_told_apart() -> None:
+    """A chunk that takes half a second while the prefill goes on is the transfer's time, but nobody waited for it."""
+    with pair() as both:
+        read = both.source.read
+
+        def slow_read(
+            chunk: Chunk, block_ids: Sequence[Sequence[int]]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if chunk.tokens.stop <= 32 and chunk.layers.start == 0:
+                time.sleep(0.5)
+            return read(chunk, block_ids)
+
+        both.source.read = slow_read  # type: ignore[method-assign]
+        request_id = start(both)
+        both.begin("a", TOKENS, "x")
+        both.advance("a", 32, FROM)
+        assert soon(both, LAYERS, range(32))
+        finish(both)
+        outcome = both.outcome(request_id)
+        assert outcome.failure == ""
+        assert outcome.total_s - outcome.exposed_s > 0.4
+        assert report_message(outcome).exposed_s == outcome.exposed_s
 
 
 def test_preempted_prefill_is_sent_from_its_new_blocks() -> None:
@@ -207,7 +232,10 @@ def test_finished_prefill_is_found_by_the_transfers_name() -> None:
     with pair() as both:
         both.begin("a", TOKENS, "x")
         finish(both)
-        assert both.outcome(start(both)).failure == ""
+        outcome = both.outcome(start(both))
+        assert outcome.failure == ""
+        # nothing could be hidden
+        assert outcome.exposed_s == outcome.total_s
         assert equal(both, LAYERS, range(TOKENS))
         assert both.ended() == ({"a"}, {"Sent": 1})
 

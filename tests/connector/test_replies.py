@@ -1,5 +1,8 @@
 """What a producer answers: read as it was written, and nothing else is accepted."""
 
+import json
+import struct
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -23,7 +26,9 @@ REPLIES = {
     "accept-without-table": replace(ACCEPT, version=None),
     "accept-by-nixl": replace(ACCEPT, nixl=Offer(agent="a", metadata=b"\x00\xff")),
     "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
-    "end-of-a-transfer": End(encode_s=0.5, goodput_bytes_per_s=1e8, waited_s=2.0, model_s=3.0),
+    "end-of-a-transfer": End(
+        encode_s=0.5, goodput_bytes_per_s=1e8, waited_s=2.0, model_s=3.0, prefill_s=2.5
+    ),
     "refuse": Refuse(reason="Expired", detail="too late"),
 }
 
@@ -56,4 +61,15 @@ def test_wrong_promises_are_refused(key: str, value: object) -> None:
     content = parse_message(ACCEPT.pack()[HEADER_BYTES:]) | {key: value}
     with pytest.raises(WireError) as caught:
         Accept.parse(pack_message(Kind.ACCEPT, content)[HEADER_BYTES:])
+    assert caught.value.reason == WireReason.MALFORMED
+
+
+@pytest.mark.parametrize("prefill_s", [-1, "1", 1e400])
+def test_wrong_times_are_refused(prefill_s: object) -> None:
+    """A prefill whose time is no number of seconds makes an END malformed."""
+    frame = End(encode_s=0.5, goodput_bytes_per_s=1e8, prefill_s=2.5).pack()
+    content = parse_message(frame[HEADER_BYTES:]) | {"prefill_s": prefill_s}
+    body = json.dumps(content).replace("Infinity", "1e400").encode()
+    with pytest.raises(WireError) as caught:
+        End.parse(struct.pack("<I", zlib.crc32(body)) + body)
     assert caught.value.reason == WireReason.MALFORMED

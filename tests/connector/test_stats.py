@@ -8,7 +8,7 @@ from kvserve_connector.connector import KVServeConnector
 def test_totals_are_found_beside_those_of_other_connectors() -> None:
     """Under MultiConnector totals arrive as plain data under our class's name, and add up to the line that we log."""
     name = KVServeConnector.__name__
-    row = {"rows": {"receive none": [1, 800.0, 400.0, 0.0, 0.1, 0.1, 0.5]}}
+    row = {"rows": {"receive none": [1, 800.0, 400.0, 0.0, 0.1, 0.1, 0.5, 0.2]}}
     first, second = (
         MultiConnector.build_kv_connector_stats({name: row | {"failures": {"send Expired": count}}})
         for count in (1, 2)

@@ -229,6 +229,8 @@ def test_free_profile_has_no_time_to_correct() -> None:
         pytest.param({"workload": "x" * 64}, "Absurd", id="long-name"),
         pytest.param({"failure": "Timeout"}, "Failed", id="failed"),
         pytest.param({"predicted_s": math.nan}, "NotFinite", id="prediction"),
+        pytest.param({"exposed_s": math.nan}, "NotFinite", id="exposed"),
+        pytest.param({"exposed_s": 0.11}, "Absurd", id="more-exposed-than-there-is"),
         pytest.param({"producer": "x" * 300}, "Absurd", id="long-producer"),
     ],
 )

@@ -278,6 +278,25 @@ def test_objectives() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "observed"),
+    [
+        pytest.param({}, {"ttft": 700, "move": 300}, id="said-nothing"),
+        pytest.param({"exposed_s": 0.05}, {"ttft": 450, "move": 50}, id="mostly-hidden"),
+        pytest.param({"exposed_s": 0.0}, {"ttft": 400, "move": 0}, id="all-hidden"),
+    ],
+)
+def test_what_the_prefill_hid_is_counted_once(
+    fields: dict[str, float], observed: dict[str, int]
+) -> None:
+    """Objectives count what a transfer took after its prefill's end; all of it if the pod does not tell them apart."""
+    move = {"name": "move", "metric": "KVTransferTime", "thresholdMilliseconds": 50}
+    subject = program(entry(slo={"objectives": [TTFT, move]}))
+    subject.observe([transfer_report("int4", model_s=0.4, total_s=0.3, **fields)], NOW)
+    value = status(subject, SYNCED, NOW.mono_s)
+    assert {o["name"]: o["observedMilliseconds"] for o in value["objectives"]} == observed
+
+
 def test_transition_time_changes_with_the_answer() -> None:
     """A condition keeps its time while its answer is the same, whatever the message."""
     new = {"conditions": [{"type": "Programmed", "status": "True", "message": "new"}]}

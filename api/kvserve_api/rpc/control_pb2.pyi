@@ -198,7 +198,7 @@ class DecisionTable(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., mode: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., rules: _Optional[_Mapping[str, ClassRule]] = ..., pinned: _Optional[str] = ..., fallback: _Optional[str] = ..., ttl_s: _Optional[float] = ..., on_controller_loss: _Optional[str] = ..., prior_bytes_per_s: _Optional[float] = ..., hysteresis: _Optional[float] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("workload", "profile", "wanted", "bound", "version", "producer", "native_bytes", "wire_bytes", "encode_s", "wire_s", "decode_s", "total_s", "predicted_s", "model_s", "goodput_bytes_per_s", "failure")
+    __slots__ = ("workload", "profile", "wanted", "bound", "version", "producer", "native_bytes", "wire_bytes", "encode_s", "wire_s", "decode_s", "total_s", "predicted_s", "model_s", "goodput_bytes_per_s", "failure", "exposed_s")
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class TransferReport(_message.Message):
     MODEL_S_FIELD_NUMBER: _ClassVar[int]
     GOODPUT_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     workload: str
     profile: str
     wanted: str
@@ -231,7 +232,8 @@ class TransferReport(_message.Message):
     model_s: float
     goodput_bytes_per_s: float
     failure: str
-    def __init__(self, workload: _Optional[str] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., producer: _Optional[str] = ..., native_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., encode_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., model_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
+    exposed_s: float
+    def __init__(self, workload: _Optional[str] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., producer: _Optional[str] = ..., native_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., encode_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., model_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., exposed_s: _Optional[float] = ...) -> None: ...
 
 class TransferReports(_message.Message):
     __slots__ = ("reports",)
