@@ -119,7 +119,7 @@ def row(
         "attained": sum(t.ttft_s - t.prefill_s <= objective_s for t in good) / len(timings),
         "stages_s": {
             stage: sum(v for k, v in grown.items() if k.startswith(f"{stage}_seconds{{"))
-            for stage in ("encode", "wire", "decode", "total")
+            for stage in ("encode", "wire", "decode", "total", "exposed")
         },
         "jct_each_s": [round(t.jct_s, 4) if not t.error else None for t in timings],
         "ttft_each_s": [round(t.ttft_s, 4) if not t.error else None for t in timings],
