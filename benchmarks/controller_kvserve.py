@@ -40,6 +40,7 @@ class KVServe:
         residuals: Whether controller and pod learn from transfers what codecs really take.
         backlog: Whether the pod knows what is queued, and how much is asked for.
         bandit: Whether it may explore.
+        told: Whether the pod is told the link's rate of the moment, in place of what it has seen of it.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class KVServe:
         residuals: bool = True,
         backlog: bool = True,
         bandit: bool = True,
+        told: bool = False,
     ) -> None:
         self._scenario = scenario
+        self._told = told
         self._residuals = residuals
         self._backlog = backlog
         self._watched = WatchedLink(scenario.rtt_s)
@@ -78,16 +81,19 @@ class KVServe:
         self._next_post_s = REPORT_EVERY_S
         self._next_tick_s = TICK_S
 
-    def choose(self, index: int, arrival: Arrival, _tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
         """Return what the pod selects."""
         self._until(arrival.at_s)
+        known = self._link()
+        if self._told:
+            known = replace(known, bytes_per_s=tandem.capacity.at(arrival.at_s))
         table, workload = self._table, arrival.workload
         credit = self._credits.setdefault(workload, Credit())
         selection = select(
             table,
             workload,
             native_bytes=arrival.native_bytes,
-            link=self._link(),
+            link=known,
             chunks=chunks_of(arrival.native_bytes),
             incumbent=self._incumbents.get(workload),
             allowance_s=credit.allowance_s(),

@@ -21,6 +21,10 @@ from controller_scenarios import PERCENTILE, Arrival, Scenario, for_quality
 from kvserve_api.profile_set import NONE
 
 KVSERVE: Final = "kvserve"
+TOLD: Final = "told"
+"""KVServe, told the link's rate of the moment."""
+PRESENT: Final = "present"
+"""Knows all there is to know now, not how the link will move."""
 ORACLE: Final = "oracle"
 LEAST_LOSS_BP: Final = 1e-3
 """A smaller loss is none."""
@@ -32,11 +36,13 @@ class Sparing:
     Args:
         scenario: The truth.
         price: What each second on the server it keeps busy longest is taken to cost those behind it, in seconds.
+        foresight: Whether it also knows how the link will move.
     """
 
-    def __init__(self, scenario: Scenario, price: float) -> None:
+    def __init__(self, scenario: Scenario, price: float, *, foresight: bool = True) -> None:
         self._scenario = scenario
         self._price = price
+        self._foresight = foresight
 
     def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
         """Return the least lossy that is in time, the first to end if none is."""
@@ -45,7 +51,8 @@ class Sparing:
             work = self._scenario.work(index, profile.name)
             rate = tandem.capacity.at(max(arrival.at_s, tandem.link_free_s))
             held_s = max(work.encode_s, work.wire_bytes / rate, work.decode_s)
-            cost_s = tandem.preview_s(arrival.at_s, work) + self._price * held_s
+            own_s = tandem.preview_s(arrival.at_s, work, foresight=self._foresight)
+            cost_s = own_s + self._price * held_s
             late = cost_s > (self._scenario.objective_s or math.inf)
             found.append((late, cost_s if late else profile.loss_bp, cost_s, profile.name))
         return min(found, default=(False, 0.0, 0.0, NONE))[-1]
@@ -80,19 +87,31 @@ class Kept:
 def run_all(scenario: Scenario) -> dict[str, Kept]:
     """Replay a scenario under every policy.
 
-    The oracle is the clairvoyant at the price with which it keeps the objective and loses least; where it never does,
-    the one that keeps it most often.
+    Beside KVServe there is what more knowledge would be worth: of the link's rate of the moment, of all of the present,
+    and of what the link will do.
     """
     kept = {
         f"static-{name}": Kept.of(scenario, replay(scenario, Static(name)))
         for name in scenario.profiles
     }
     kept[KVSERVE] = Kept.of(scenario, replay(scenario, KVServe(scenario)))
-    knowing = [Kept.of(scenario, replay(scenario, Sparing(scenario, price))) for price in PRICES]
-    wanted = min(PERCENTILE / 100, max(one.attained for one in knowing))
-    able = [one for one in knowing if one.attained >= wanted]
-    kept[ORACLE] = min(able, key=lambda one: one.loss_bp)
+    kept[TOLD] = Kept.of(scenario, replay(scenario, KVServe(scenario, told=True)))
+    kept[PRESENT] = knowing(scenario, foresight=False)
+    kept[ORACLE] = knowing(scenario, foresight=True)
     return kept
+
+
+def knowing(scenario: Scenario, *, foresight: bool) -> Kept:
+    """Replay one who knows the truth, at the price with which it keeps the objective and loses least.
+
+    Where it never keeps it, at the price with which it does most often.
+    """
+    each = [
+        Kept.of(scenario, replay(scenario, Sparing(scenario, price, foresight=foresight)))
+        for price in PRICES
+    ]
+    wanted = min(PERCENTILE / 100, max(one.attained for one in each))
+    return min((one for one in each if one.attained >= wanted), key=lambda one: one.loss_bp)
 
 
 def run_seed(seed: int, *, quick: bool) -> dict[str, dict[str, Kept]]:

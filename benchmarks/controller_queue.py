@@ -157,13 +157,21 @@ class Tandem:
         """Settle everything: no more transfers come."""
         self.advance(math.inf)
 
-    def preview_s(self, now_s: float, work: Work) -> float:
+    def preview_s(self, now_s: float, work: Work, *, foresight: bool = True) -> float:
         """Return how long a transfer would take if it began now and none came after it; changes nothing.
 
         `advance` must have been called with this time.
+
+        Args:
+            now_s: When it begins.
+            work: What it asks of the servers.
+            foresight: Whether the link goes on as it truly will, or as it is now.
         """
         link_s, decoder_s = self.link_free_s, self.decoder_free_s
-        finish_s, rtt_s = self.capacity.finish_s, self.rtt_s
+        capacity = self.capacity
+        if not foresight:
+            capacity = Capacity.of([0.0], [capacity.at(now_s)])
+        finish_s, rtt_s = capacity.finish_s, self.rtt_s
         own_bytes, own_decode_s = work.wire_bytes / work.chunks, work.decode_s / work.chunks
         index, end_s, waiting = 0, now_s, self._waiting
         for reached_s in self._encoded_s(now_s, work):

@@ -1,5 +1,7 @@
 """The goal MaximizeQuality in replay: what is compared, and that its figures mean what they say."""
 
+from dataclasses import replace
+
 import pytest
 
 import controller_profiles as profiles
@@ -55,6 +57,23 @@ def test_steady_link_loses_what_must_be_lost(mbit: float) -> None:
     one = scenario(mbit)
     ours = Kept.of(one, replay(one, KVServe(one)))
     assert ours == Kept.of(one, replay(one, Sparing(one, 0.0)))
+
+
+def test_who_knows_the_present_only_is_caught_by_a_fall() -> None:
+    """A link of 1 Gbit/s that falls to 20 Mbit/s under way makes raw transfers late, but not who saw it come."""
+    one = replace(
+        scenario(1000, count=1), capacity=Capacity.of([0, 0.01], [1000 * MBIT, 20 * MBIT])
+    )
+    present = quality.knowing(one, foresight=False)
+    assert (present.loss_bp, present.attained) == (0.0, 0.0)
+    assert quality.knowing(one, foresight=True).attained == 1.0
+
+
+def test_being_told_the_rate_helps_where_it_moves() -> None:
+    """On a link that is slow from the second transfer on, who is told so is in time; who must see it first is not."""
+    one = replace(scenario(1000, count=2), capacity=Capacity.of([0, 2.5], [1000 * MBIT, 20 * MBIT]))
+    seen, told = (Kept.of(one, replay(one, KVServe(one, told=each))) for each in (False, True))
+    assert (seen.attained, told.attained) == (0.5, 1.0)
 
 
 def test_share_and_loss_by_hand() -> None:
