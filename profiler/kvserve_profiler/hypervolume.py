@@ -91,8 +91,8 @@ def free_areas(front: FloatArray, corners: FloatArray) -> FloatArray:
     stairs = _stairs(np.maximum(front, 0.0))
     if not len(stairs):
         return area
-    rights = np.minimum(corners[:, :1], stairs[:, 0])
-    widths = np.diff(rights, axis=1, prepend=0.0)
+    widths = np.minimum(corners[:, :1], stairs[:, 0])
+    widths[:, 1:] -= widths[:, :-1].copy()
     taken = (widths * np.minimum(corners[:, 1:], stairs[:, 1])).sum(axis=1)
     free: FloatArray = np.maximum(area - taken, 0.0)
     return free

@@ -8,11 +8,13 @@ tried once, and know how little it knows of one that was never tried.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Self
 
 import numpy as np
 import torch
-from gpytorch.kernels import ConstantKernel, Kernel, LinearKernel, RBFKernel, ScaleKernel
+from gpytorch.constraints import Positive
+from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
 from gpytorch.priors import LogNormalPrior
 
 from kvserve_profiler.pool import FloatArray
@@ -62,7 +64,7 @@ class Columns:
 
 def kernel_of(columns: Columns) -> Kernel:
     """Return the kernel, its hyperparameters at the modes of their priors."""
-    return _corrections(columns) if columns.forecasts else _losses(columns)
+    return Corrections(columns) if columns.forecasts else _losses(columns)
 
 
 def _losses(columns: Columns) -> Kernel:
@@ -76,26 +78,84 @@ def _losses(columns: Columns) -> Kernel:
     return ratio + kinds + _scaled(answers, 1.0)
 
 
-def _corrections(columns: Columns) -> Kernel:
-    """Return how alike strategies are in how far their losses are off what is forecast, in octaves.
+class Corrections(Kernel):  # type: ignore[misc]
+    """How alike strategies are in how far their losses are off what is forecast, in octaves.
 
-    It has few hyperparameters, because there is little left to learn.
+    It has few hyperparameters, because there is little left to learn. The sum is written out: put together of
+    gpytorch's kernels it is the same and takes several times as long for a few dozen observations.
     """
-    tilt = LinearKernel(active_dims=columns.forecasts)
-    tilt.variance = torch.as_tensor(TILT**2)
-    bias = ConstantKernel()
-    bias.constant = torch.as_tensor(BIAS**2)
-    for fixed in (tilt.raw_variance, bias.raw_constant):
-        fixed.requires_grad_(False)
-    kernel = bias + tilt
-    if columns.choices:
-        kernel = kernel + _scaled(_alike(columns.choices, 1.0), KIND**2)
-    if columns.numbers:
-        answers = _alike(columns.numbers, 0.6)
+
+    def __init__(self, columns: Columns) -> None:
+        """Take the hyperparameters at the modes of their priors."""
+        super().__init__()
+        self._columns = columns
+        modes: dict[str, tuple[float, float]] = {}
         if columns.choices:
-            answers = _alike(columns.choices, 1.5) * answers
-        kernel = kernel + _scaled(answers, KIND**2)
-    return kernel
+            modes |= {"kind_variance": (KIND**2, 0.8), "kind_scale": (1.0, 1.0)}
+        if columns.numbers:
+            modes |= {"answer_variance": (KIND**2, 0.8), "number_scale": (0.6, 1.0)}
+        if columns.choices and columns.numbers:
+            modes |= {"choice_scale": (1.5, 1.0)}
+        for name, (mode, spread) in modes.items():
+            raw = f"raw_{name}"
+            self.register_parameter(raw, torch.nn.Parameter(torch.zeros(1)))
+            self.register_constraint(raw, Positive())
+            self.register_prior(
+                f"{name}_prior",
+                LogNormalPrior(math.log(mode), spread),
+                partial(_value, name=name),
+                partial(_set_value, name=name),
+            )
+            _set_value(self, torch.as_tensor(mode), name=name)
+
+    def forward(
+        self, x1: torch.Tensor, x2: torch.Tensor, diag: bool = False, **_: object
+    ) -> torch.Tensor:
+        """Return ``[n, m]`` covariances of ``[n, columns]`` and ``[m, columns]`` inputs; of ``n`` pairs if ``diag``."""
+        columns = self._columns
+        products = _products(x1, x2, columns.forecasts, diag=diag)
+        kernel = BIAS**2 + TILT**2 * products
+        apart = torch.zeros(())
+        if columns.choices:
+            distances = _squared_distances(x1, x2, columns.choices, diag=diag)
+            scale = _value(self, name="kind_scale")
+            kind = torch.exp(distances * (-0.5 / scale**2))
+            kernel = kernel + _value(self, name="kind_variance") * kind
+            if columns.numbers:
+                apart = distances / _value(self, name="choice_scale") ** 2
+        if columns.numbers:
+            distances = _squared_distances(x1, x2, columns.numbers, diag=diag)
+            apart = apart + distances / _value(self, name="number_scale") ** 2
+            kernel = kernel + _value(self, name="answer_variance") * torch.exp(-0.5 * apart)
+        return kernel
+
+
+def _value(kernel: Kernel, *, name: str) -> torch.Tensor:
+    raw: torch.Tensor = getattr(kernel, f"raw_{name}")
+    value: torch.Tensor = kernel.constraint_for_parameter_name(f"raw_{name}").transform(raw)
+    return value
+
+
+def _set_value(kernel: Kernel, value: torch.Tensor, *, name: str) -> None:
+    raw = f"raw_{name}"
+    kernel.initialize(**{raw: kernel.constraint_for_parameter_name(raw).inverse_transform(value)})
+
+
+def _products(
+    x1: torch.Tensor, x2: torch.Tensor, columns: Sequence[int], *, diag: bool
+) -> torch.Tensor:
+    x1, x2 = x1[..., columns], x2[..., columns]
+    return (x1 * x2).sum(dim=-1) if diag else x1 @ x2.mT
+
+
+def _squared_distances(
+    x1: torch.Tensor, x2: torch.Tensor, columns: Sequence[int], *, diag: bool
+) -> torch.Tensor:
+    x1, x2 = x1[..., columns], x2[..., columns]
+    if diag:
+        return ((x1 - x2) ** 2).sum(dim=-1)
+    squares = (x1**2).sum(dim=-1)[..., :, None] + (x2**2).sum(dim=-1)[..., None, :]
+    return (squares - 2 * x1 @ x2.mT).clamp_min(0.0)
 
 
 def _alike(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvserve_api.errors import SpecError
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -7,14 +7,17 @@ measured at all.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from kvserve_profiler.acquisition import expected_improvement
+from kvserve_profiler.acquisition import expected_improvement, most_improving
 from kvserve_profiler.hypervolume import Reference, axes, loss_octaves
-from kvserve_profiler.pool import FloatArray, Observation, Pool, windows_of
+from kvserve_profiler.pool import FloatArray, IntArray, Observation, Pool, windows_of
+
+if TYPE_CHECKING:
+    from kvserve_profiler.surrogate import Surrogate
 
 INITIAL: Final = 6
 """Observations of the space-filling design, before a model says anything."""
@@ -26,6 +29,8 @@ LEAST_PAIRS: Final = 4
 """Candidates observed on all windows before any other is spared some."""
 DOUBT: Final = 2.0
 """Standard deviations by which a loss on a few windows may turn out less on all."""
+ROUGHLY: Final = 0.5
+"""Octaves of loss to which a front is rounded where its candidates are only sorted out."""
 PRIOR_SUCCESSES: Final = 1.0
 """What is held against the first failures: as much as one success right there."""
 
@@ -167,39 +172,70 @@ def _improve(
         for model in models:
             model.suppose(index)
     success = success_chance(pool, observations)
-    taken = np.zeros(len(pool), dtype=bool)
-    taken[[observation.index for observation in observations]] = True
-    taken[list(pending)] = True
     believed = [*indices, *pending]
+    everyone = np.arange(len(pool))
+    # a front that is rounded down leaves more to gain, and has few levels
+    most = success * _gain(pool, models, budgets_bp, believed, everyone, step=ROUGHLY)
+    most[[observation.index for observation in observations]] = -1.0
+    most[list(pending)] = -1.0
     chosen = list[int]()
-    for _ in range(count):
-        gain = np.zeros(len(pool))
-        spread = np.zeros(len(pool))
-        for model, budget_bp in zip(models, budgets_bp, strict=True):
-            belief = model.belief()
-            origin = reference(pool, budget_bp)
-            loss_bp = np.exp2(belief.mean) - 1.0
-            points = axes(pool.ratio, loss_bp, pool.codec_s, origin)
-            best = float(loss_octaves(budget_bp))
-            gain += expected_improvement(
-                points[believed],
-                points[:, [0, 2]],
-                best - belief.mean,
-                belief.deviation,
-                best,
-            )
-            spread += belief.deviation
-        gain *= success
-        gain[taken] = spread[taken] = -1.0
+    for left in reversed(range(count)):
+        some, gain = most_improving(
+            lambda some: success[some] * _gain(pool, models, budgets_bp, believed, some), most
+        )
+        spread = np.sum([model.belief().deviation[some] for model in models], axis=0)
         # where nothing can be gained any more, the least known candidate is measured
-        order = np.lexsort((_ties(len(pool), seed), -spread, -gain))
-        best_index = int(order[0])
+        order = np.lexsort((_ties(len(pool), seed)[some], -spread, -gain))
+        best_index = int(some[order[0]])
         chosen.append(best_index)
+        if not left:
+            break
         believed.append(best_index)
-        taken[best_index] = True
+        # what is chosen leaves less to gain and less unknown: the others gain at most what they did
+        most[some] = gain
+        most[best_index] = -1.0
         for model in models:
             model.suppose(best_index)
     return chosen
+
+
+def _gain(
+    pool: Pool,
+    models: Sequence["Surrogate"],
+    budgets_bp: Sequence[float],
+    believed: Sequence[int],
+    some: IntArray,
+    *,
+    step: float | None = None,
+) -> FloatArray:
+    """Return the expected improvement by some candidates, summed over the texts.
+
+    Args:
+        pool: The candidates.
+        models: For each text what is believed of the losses.
+        budgets_bp: For each text the quality budget.
+        believed: Those that make the front, with the losses that are expected of them.
+        some: The candidates.
+        step: Octaves of loss to which the front is rounded, so that no improvement is too small; None for none.
+    """
+    gain = np.zeros(len(some))
+    for model, budget_bp in zip(models, budgets_bp, strict=True):
+        belief = model.belief()
+        best = float(loss_octaves(budget_bp))
+        points = axes(
+            pool.ratio, np.exp2(belief.mean) - 1.0, pool.codec_s, reference(pool, budget_bp)
+        )
+        front = points[believed]
+        if step is not None:
+            front[:, 1] = np.floor(front[:, 1] / step) * step
+        gain += expected_improvement(
+            front,
+            points[some][:, [0, 2]],
+            best - belief.mean[some],
+            belief.deviation[some],
+            best,
+        )
+    return gain
 
 
 def success_chance(pool: Pool, observations: Sequence[Observation]) -> FloatArray:

@@ -19,14 +19,14 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.means import ZeroMean
-from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 from linear_operator.utils.errors import NotPSDError
 from scipy.linalg import solve_triangular
 
 from kvserve_profiler.hypervolume import loss_octaves
 from kvserve_profiler.kernel import Columns, kernel_of
-from kvserve_profiler.pool import FloatArray, Pool, windows_of
+from kvserve_profiler.likelihood import DenseMarginalLikelihood
+from kvserve_profiler.pool import FloatArray, IntArray, Pool, windows_of
 
 LEAST_VARIANCE: Final = 1e-4
 """Of an observation, in octaves squared: the model would otherwise bend to rounding errors."""
@@ -135,58 +135,49 @@ class Surrogate:
             self._trend = known @ (DIRECTED_SHARE, 1 - DIRECTED_SHARE)
             self._unit = 1.0
             columns = Columns.of(inputs, known.shape[1])
-        self._chosen = chosen
-        first = len(chosen) // REFIT * REFIT
-        data = _Data.of(
-            inputs[chosen],
-            (octaves - self._trend[chosen]) / self._unit,
-            variances / self._unit**2,
+        fitted = len(chosen) // REFIT * REFIT
+        first = fitted or len(chosen)
+        early, noise = octaves_of(losses[:first])
+        rest = np.minimum(early, most) - self._trend[chosen[:first]]
+        basis = _Data.of(inputs[chosen[:first]], rest / self._unit, noise / self._unit**2)
+        process = _fitted(basis, columns) if fitted else _model(basis, columns)
+        self._kernel, self._own = (
+            process.covar_module,
+            float(process.likelihood.second_noise.detach()),
         )
-        model = _model(data, columns)
-        if first:
-            early, noise = octaves_of(losses[:first])
-            rest = np.minimum(early, most) - self._trend[chosen[:first]]
-            basis = _Data.of(inputs[chosen[:first]], rest / self._unit, noise / self._unit**2)
-            model.load_state_dict(_hyperparameters(basis, columns), strict=False)
-        self._own = float(model.likelihood.second_noise.detach())
-        self._targets = (octaves - self._trend[chosen]) / self._unit
-        self._noise = variances / self._unit**2 + self._own
-        self._kernel = model.covar_module
         self._inputs = torch.from_numpy(inputs)
+        covariance = self._covariances(chosen)
+        among = covariance[chosen] + np.diag(variances / self._unit**2 + self._own)
+        root = np.linalg.cholesky(among)
+        # [m, n]: how all candidates go with what the observations say, each apart from those before it
+        self._half = solve_triangular(root, covariance.T, lower=True, check_finite=False)
+        told = solve_triangular(root, (octaves - self._trend[chosen]) / self._unit, lower=True)
+        self._mean = told @ self._half
         with torch.no_grad():
-            self._alone = self._kernel(self._inputs, diag=True).numpy()
-        self._covariance = self._covariances(chosen.tolist())
+            alone = self._kernel(self._inputs, diag=True).numpy()
+        self._variance = alone - (self._half**2).sum(axis=0)
 
     def belief(self) -> Belief:
         """Return what is believed of every candidate of the pool, including what is a candidate's own."""
-        weights, half = self._solved()
-        variance = self._alone - (half**2).sum(axis=0)
         return Belief(
-            mean=self._trend + (self._covariance @ weights) * self._unit,
-            deviation=np.sqrt(np.maximum(variance, 1e-12) + self._own) * self._unit,
+            mean=self._trend + self._mean * self._unit,
+            deviation=np.sqrt(np.maximum(self._variance, 1e-12) + self._own) * self._unit,
         )
 
     def suppose(self, index: int) -> None:
         """Condition on a candidate having the loss that is expected of it.
 
         Its neighbours then have nothing new to tell, and the next of a batch is chosen elsewhere (Ginsbourger, Le
-        Riche and Carraro, Kriging is well-suited to parallelize optimization, 2010).
+        Riche and Carraro, Kriging is well-suited to parallelize optimization, 2010). What is expected of the others
+        stays what it is.
         """
-        weights, _ = self._solved()
-        self._targets = np.append(self._targets, self._covariance[index] @ weights)
-        self._noise = np.append(self._noise, LEAST_VARIANCE / self._unit**2 + self._own)
-        self._chosen = np.append(self._chosen, index)
-        self._covariance = np.column_stack([self._covariance, self._covariances([index])])
+        shared = self._covariances([index])[:, 0] - self._half[:, index] @ self._half
+        noise = LEAST_VARIANCE / self._unit**2 + self._own
+        row = shared / np.sqrt(max(shared[index], 0.0) + noise)
+        self._half = np.vstack([self._half, row])
+        self._variance = self._variance - row**2
 
-    def _solved(self) -> tuple[FloatArray, FloatArray]:
-        """Return ``[m]`` weights of the observations, and ``[m, n]``, whose squares are what they explain."""
-        among = self._covariance[self._chosen] + np.diag(self._noise)
-        root = np.linalg.cholesky(among)
-        half = solve_triangular(root, self._covariance.T, lower=True)
-        weights = solve_triangular(root.T, solve_triangular(root, self._targets, lower=True))
-        return weights, half
-
-    def _covariances(self, indices: Sequence[int]) -> FloatArray:
+    def _covariances(self, indices: Sequence[int] | IntArray) -> FloatArray:
         """Return ``[n, len(indices)]``: how all candidates go with some."""
         with torch.no_grad():
             some = self._inputs[list(indices)]
@@ -249,18 +240,18 @@ def _model(data: _Data, columns: Columns) -> SingleTaskGP:
 
 
 @lru_cache(maxsize=64)
-def _hyperparameters(data: _Data, columns: Columns) -> dict[str, torch.Tensor]:
-    """Return the most likely hyperparameters, or their priors' if there are none; to be read only."""
+def _fitted(data: _Data, columns: Columns) -> SingleTaskGP:
+    """Return a process of the most likely hyperparameters, or their priors' if there are none; to be read only."""
     with warnings.catch_warnings():
         # numerical warnings of the optimiser: the fit it ends with is judged by its likelihood alone
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model = _model(data, columns)
         try:
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model), max_attempts=2)
+            fit_gpytorch_mll(DenseMarginalLikelihood(model.likelihood, model), max_attempts=2)
         except (ModelFittingError, NotPSDError):
             model = _model(data, columns)
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return model
 
 
 def _scaled(columns: FloatArray) -> FloatArray:
