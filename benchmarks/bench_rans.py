@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def _measure(dead: float) -> list[dict[str, Any]]:
         os.environ["KVSERVE_SIMD"] = name
         coded = rans.encode_values(levels, ids, tables, GROUPS)
         size = 8 * (
-            sum(part.nbytes for part in (*coded.states, *coded.words))
+            sum(state.nbytes for state in coded.states)
+            + sum(words.nbytes for words in coded.words)
             + coded.planes.nbytes
             + coded.escapes.nbytes
         )
@@ -73,8 +75,8 @@ def _measure(dead: float) -> list[dict[str, Any]]:
                 dead,
                 f"coder, {name}",
                 levels,
-                lambda: rans.encode_values(levels, ids, tables, GROUPS),
-                lambda coded=coded: rans.decode_values(coded, ids, tables, GROUPS, TOKENS),
+                partial(rans.encode_values, levels, ids, tables, GROUPS),
+                partial(rans.decode_values, coded, ids, tables, GROUPS, TOKENS),
                 size / levels.size,
             )
         )
@@ -84,8 +86,8 @@ def _measure(dead: float) -> list[dict[str, Any]]:
                 dead,
                 f"ladder, {name}",
                 levels,
-                lambda: encode_levels(levels),
-                lambda section=section: decode_levels(section, CHANNELS, TOKENS),
+                partial(encode_levels, levels),
+                partial(decode_levels, section, CHANNELS, TOKENS),
                 8 * section.nbytes / levels.size,
             )
         )

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,19 @@ def main() -> None:
         levels = portable.forward(native, plan, cos, sin, False)
         assert levels is not None
         if arguments.portable or widest == Level.NONE:
-            jobs[f"forward {width} portable"] = lambda plan=plan: portable.forward(
-                native, plan, cos, sin, False
+            jobs[f"forward {width} portable"] = partial(
+                portable.forward, native, plan, cos, sin, False
             )
-            jobs[f"inverse {width} portable"] = lambda plan=plan, levels=levels: portable.inverse(
-                levels, plan, cos, sin, False, copy
+            jobs[f"inverse {width} portable"] = partial(
+                portable.inverse, levels, plan, cos, sin, False, copy
             )
         for kind in kinds:
             name = f"{width} {kind.name.lower()}"
-            jobs[f"forward {name}"] = lambda plan=plan, kind=kind: linear_native.forward(
-                native, plan, cos, sin, False, kind
+            jobs[f"forward {name}"] = partial(
+                linear_native.forward, native, plan, cos, sin, False, kind
             )
-            jobs[f"inverse {name}"] = lambda plan=plan, levels=levels, kind=kind: (
-                linear_native.inverse(levels, plan, cos, sin, False, copy, kind)
+            jobs[f"inverse {name}"] = partial(
+                linear_native.inverse, levels, plan, cos, sin, False, copy, kind
             )
 
     for job in jobs.values():
