@@ -60,7 +60,8 @@ class Weighed:
         ratio: Native bytes over wire bytes.
         loss_upper_bp: Upper confidence limit of its quality loss, in basis points.
         prediction: Of the transfer.
-        percentile_s: What the transfer takes at the SLO's percentile, in seconds; held against the deadline.
+        percentile_s: What of the transfer comes after its prefill's end at the SLO's percentile, in seconds; held
+            against the deadline.
         verdict: What became of it.
     """
 
@@ -111,7 +112,9 @@ def weigh(table: DecisionTable, decision: Decision) -> tuple[Weighed, ...]:
             link=decision.link,
             chunks=decision.chunks,
         )
-        percentile_s = prediction.total_s * rule.margins.get(name, 1.0)
+        percentile_s = prediction.exposed_s(
+            decision.link.hidden_s, decision.chunks, rule.margins.get(name, 1.0)
+        )
         if name == chosen:
             verdict = Verdict.CHOSEN
         elif not merits:
@@ -189,6 +192,7 @@ def explained(table: DecisionTable | None, decision: Decision) -> dict[str, Any]
             "encode_factor": link.encode_factor,
             "encode_delays": link.encode_delays,
             "decode_delays": link.decode_delays,
+            "hidden_s": link.hidden_s,
         },
         "incumbent": decision.incumbent or None,
         "allowance_s": decision.allowance_s,

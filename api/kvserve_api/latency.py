@@ -105,6 +105,8 @@ class Link:
         encode_factor: By how much the producer encodes slower now than its table says.
         encode_delays: How many requests of the producer's engine a second of encoding delays by a second.
         decode_delays: The same of the consumer's engine, and decoding.
+        hidden_s: Seconds for which the prefill still goes on whose KV is to be sent: so much of a transfer delays
+            nobody, but for its last chunk.
     """
 
     bytes_per_s: float
@@ -117,6 +119,7 @@ class Link:
     encode_factor: float = 1.0
     encode_delays: float = 0.0
     decode_delays: float = 0.0
+    hidden_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.bytes_per_s < math.inf:
@@ -140,6 +143,8 @@ class Link:
             raise SpecError("encode_delays", f"must not be negative, got {self.encode_delays}")
         if not 0 <= self.decode_delays < math.inf:
             raise SpecError("decode_delays", f"must not be negative, got {self.decode_delays}")
+        if not 0 <= self.hidden_s < math.inf:
+            raise SpecError("hidden_s", f"must not be negative, got {self.hidden_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +169,17 @@ class Prediction:
     total_s: float
     utilisation: float
     others_s: float
+
+    def exposed_s(self, hidden_s: float, chunks: int, margin: float = 1.0) -> float:
+        """Return what of the transfer comes after its prefill's end: at least its last chunk.
+
+        Args:
+            hidden_s: Seconds for which the prefill still goes on.
+            chunks: Into how many equal chunks the transfer is cut.
+            margin: What predicted times are multiplied with.
+        """
+        last_s = (self.encode_s + self.wire_s + self.decode_s) / chunks if hidden_s else 0.0
+        return max(self.total_s * margin - hidden_s, last_s * margin)
 
 
 def pipeline_s(stages_s: tuple[float, ...], chunks: int) -> float:

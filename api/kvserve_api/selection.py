@@ -99,12 +99,13 @@ def select(
 ) -> Selection:
     """Choose a profile for one transfer.
 
-    The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile
-    and keep every queue finite at the present load, the best by the goal wins; a time to minimise counts the delay
-    that the transfer causes to those behind it, and to what engines compute on the processors that code. If none meets
-    the deadline, the fastest wins, because missing by less is better than giving up; for another goal the best by it
-    among those that are about as fast. If none keeps the queues finite, what they are now and what each adds to them
-    decides, so that transfers divide themselves between link and coders.
+    The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile,
+    for which only what comes after the prefill's end counts, and keep every queue finite at the present load, the best
+    by the goal wins; a time to minimise counts the delay that the transfer causes to those behind it, and to what
+    engines compute on the processors that code. If none meets the deadline, the fastest wins, because missing by less
+    is better than giving up; for another goal the best by it among those that are about as fast. If none keeps the
+    queues finite, what they are now and what each adds to them decides, so that transfers divide themselves between
+    link and coders.
 
     Args:
         table: The last acknowledged table.
@@ -144,6 +145,7 @@ def select(
     encode_factor = link.encode_factor
     encode_delays, decode_delays = link.encode_delays, link.decode_delays
     more = chunks - 1
+    hidden_s = link.hidden_s
     link_load, coder_load = link.load, link.encoder_load
     link_rate, coder_rate = link_load.arrivals_per_s, coder_load.arrivals_per_s
     loaded = link_rate > 0 or coder_rate > 0
@@ -153,7 +155,8 @@ def select(
         coder_share = coder_load.native_bytes_per_s / native_bytes
 
     by_time = rule.goal is _LATENCY
-    limit_s = deadline_s = rule.deadline_s
+    # the deadline is of what comes after the prefill's end
+    limit_s = deadline_s = rule.deadline_s + hidden_s
     if not by_time and incumbent is not None and deadline_s < _INFINITY:
         limit_s = deadline_s / (1 + table.hysteresis)
     exploring = (
@@ -231,6 +234,9 @@ def select(
             level = TIGHT if name != incumbent else FITS
             if percentile_s > deadline_s:
                 level = LATE
+        if hidden_s and (encode_s + wire_s + decode_s) / chunks * margin > rule.deadline_s:
+            # the last chunk can't begin before the prefill ends
+            level = LATE
         if loaded:
             busy_e, busy_w, busy_d = (
                 coder_share * encode_s,

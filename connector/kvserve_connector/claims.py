@@ -8,6 +8,7 @@ from kvserve_connector.chunks import Chunk
 from kvserve_connector.commands import Pull
 from kvserve_connector.form import Form
 from kvserve_connector.handover import Prefill
+from kvserve_connector.pace import Pace
 
 
 def at_once() -> None:
@@ -54,6 +55,8 @@ class Entry:
         begun_s: When it arrived.
         computed: What is in the cache of it.
         epoch: Another whenever its blocks have been given away.
+        seen_s: When something of it was in the cache first.
+        seen_tokens: How many tokens were not in the cache then.
         kept: Whether it has finished and waits for its consumer.
         model_s: Seconds from its arrival to its end.
         ended_s: When it has finished.
@@ -66,6 +69,8 @@ class Entry:
     begun_s: float
     computed: Computed | None = None
     epoch: int = 0
+    seen_s: float = 0.0
+    seen_tokens: int = 0
     kept: bool = False
     model_s: float = 0.0
     ended_s: float = 0.0
@@ -80,14 +85,16 @@ class Claim:
     Args:
         entry: The prefill as the book keeps it.
         now_s: The book's clock.
+        pace: Of the engine's prefills.
 
     Attributes:
         prefill: Which one.
     """
 
-    def __init__(self, entry: Entry, now_s: Callable[[], float]) -> None:
+    def __init__(self, entry: Entry, now_s: Callable[[], float], pace: Pace) -> None:
         self._entry = entry
         self._now_s = now_s
+        self._pace = pace
         self.prefill = entry.prefill
 
     @property
@@ -106,6 +113,14 @@ class Claim:
         """Seconds since its end; 0 before."""
         entry = self._entry
         return max(0.0, self._now_s() - entry.ended_s) if entry.kept else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that it will still take at least, as far as is known; 0 when it has finished."""
+        entry = self._entry
+        if entry.kept or entry.computed is None:
+            return 0.0
+        return self._pace.left_s(entry.seen_tokens, self._now_s() - entry.seen_s)
 
     @property
     def computed(self) -> Computed | None:

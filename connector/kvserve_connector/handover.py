@@ -36,11 +36,13 @@ class Progress:
         request_id: The request's name in this engine.
         block_ids: For each group of the engine the request's blocks.
         tokens: Tokens at the prompt's start whose KV is in them then.
+        before: Tokens whose KV was in them before that step.
     """
 
     request_id: str
     block_ids: tuple[tuple[int, ...], ...]
     tokens: int
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Final
 from kvserve_api.errors import TransferError, TransferReason, WireReason
 from kvserve_connector.claims import Claim, Computed, Entry, at_once
 from kvserve_connector.handover import Lease, Prefill, Progress
+from kvserve_connector.pace import Pace
 
 SENT: Final = "Sent"
 """How a lease ends when its consumer has everything; other ends are transfer reasons."""
@@ -45,6 +46,7 @@ class LeaseBook:
         self._ended: list[str] = []
         self._reasons: OrderedDict[str, str] = OrderedDict()
         self._counts: Counter[str] = Counter()
+        self._pace = Pace()
 
     def begin(self, prefill: Prefill) -> None:
         """Take note of a prefill that has arrived."""
@@ -78,6 +80,10 @@ class LeaseBook:
             if entry is None or entry.kept:
                 return
             before = entry.computed
+            if before is None:
+                entry.seen_s = self._now_s()
+                there = progress.tokens if layers is None else progress.before
+                entry.seen_tokens = entry.prefill.tokens - there
             if layers is None:
                 entry.computed = Computed(
                     block_ids=progress.block_ids,
@@ -131,6 +137,8 @@ class LeaseBook:
             if not entry.kept:
                 # before it says that it has
                 entry.ended_s = self._now_s()
+                if entry.computed is not None:
+                    self._pace.add(entry.seen_tokens, entry.ended_s - entry.seen_s)
             entry.kept = True
             entry.computed = Computed(
                 block_ids=lease.block_ids, tokens=lease.tokens, epoch=entry.epoch, whole=True
@@ -182,7 +190,7 @@ class LeaseBook:
         """Return the prefills, running or kept, that nobody sends yet; they may be looked at, not ended."""
         with self._changed:
             return [
-                Claim(entry, self._now_s)
+                Claim(entry, self._now_s, self._pace)
                 for entry in self._held.values()
                 if not entry.claimed and entry.outcome is None and entry.prefill.transfer_id is None
             ]
@@ -258,7 +266,7 @@ class LeaseBook:
         if entry.claimed:
             raise TransferError(TransferReason.PEER_REFUSED, "the prefill is being sent already")
         entry.claimed = True
-        return Claim(entry, self._now_s)
+        return Claim(entry, self._now_s, self._pace)
 
     def _end(self, request_id: str, reason: str) -> None:
         entry = self._held.get(request_id)

@@ -63,7 +63,11 @@ class LinkState:
         self.arrivals = Arrivals(self._since_s)
 
     def snapshot(
-        self, prior_bytes_per_s: float, coders: Coders | None = None, decode_delays: float = 0.0
+        self,
+        prior_bytes_per_s: float,
+        coders: Coders | None = None,
+        decode_delays: float = 0.0,
+        hidden_s: float = 0.0,
     ) -> Link:
         """Return what is known now.
 
@@ -72,6 +76,7 @@ class LinkState:
             coders: What encodes here, and the consumer is taken to decode with as many threads; without, nothing is
                 said of coders.
             decode_delays: How many requests at the consumer a second of decoding delays by a second.
+            hidden_s: Seconds for which the prefill will still go on that is to be sent.
         """
         time_s = self._now_s()
         load = self.arrivals.load(time_s)
@@ -100,6 +105,7 @@ class LinkState:
         link.encode_factor = factor
         link.encode_delays = encode_delays
         link.decode_delays = decode_delays
+        link.hidden_s = hidden_s
         return link
 
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:

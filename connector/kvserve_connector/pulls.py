@@ -241,7 +241,7 @@ class Pulls:
         self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
     ) -> Choice:
         known = self._links.link(peer).snapshot(
-            self._selector.prior_bytes_per_s, self._links.coders, pull.decode_delays
+            self._selector.prior_bytes_per_s, self._links.coders, pull.decode_delays, claim.left_s
         )
         return self._selector.choose(
             claim.prefill.workload,

@@ -121,7 +121,12 @@ class SchedulerHalf:
                 else:
                     # what was computed turned out to be of no use, or lies elsewhere now
                     self._step.preempted.append(request_id)
-            progress = Progress(request_id=request_id, block_ids=held, tokens=tokens)
+            progress = Progress(
+                request_id=request_id,
+                block_ids=held,
+                tokens=tokens,
+                before=min(request.num_computed_tokens, total),
+            )
             self._followed[request_id] = progress
             self._step.progress.append(progress)
 

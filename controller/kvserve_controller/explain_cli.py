@@ -155,7 +155,8 @@ def lines(value: dict[str, Any]) -> list[str]:
         f" {link['encode_factor']:.2f}x the table's time, delays {link['encode_delays']:.1f} requests here and"
         f" {link['decode_delays']:.1f} there",
         f"  {value['profile']}: {reason(value)}"
-        + (f"; deadline {deadline_s:.3f} s" if deadline_s is not None else ""),
+        + (f"; deadline {deadline_s:.3f} s" if deadline_s is not None else "")
+        + (f" after {link['hidden_s']:.3f} s of prefill" if link["hidden_s"] else ""),
     ]
     if "candidates" not in value:
         return [*head, "  (its table is no longer known)"]

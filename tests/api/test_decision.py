@@ -98,6 +98,7 @@ def decision() -> Decision:
         encode_factor=1.5,
         encode_delays=2.0,
         decode_delays=0.5,
+        hidden_s=0.75,
     )
     made = decide(table(), "default", native_bytes=SIZE, link=link, chunks=6, wall_s=1e9)
     return made._replace(peer="10.0.0.1", incumbent="int8", allowance_s=0.125)
@@ -121,6 +122,7 @@ def test_decision_round_trip() -> None:
         pytest.param({"profile": "x" * 64}, id="name"),
         pytest.param({"peer": "x" * 300}, id="peer"),
         pytest.param({"encode_factor": 0.0}, id="factor"),
+        pytest.param({"hidden_s": -1.0}, id="hidden"),
     ],
 )
 def test_impossible_decision_is_refused(change: dict[str, Any]) -> None:

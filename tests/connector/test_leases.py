@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from kvserve_api.errors import TransferError
-from kvserve_connector.handover import Lease
+from kvserve_connector.claims import Claim
+from kvserve_connector.handover import Lease, Prefill, Progress
 from kvserve_connector.leases import MAX_ENDED, LeaseBook
 
 
@@ -98,3 +100,41 @@ def test_renewed_lease_lasts() -> None:
     assert book.take_ended() == ({"b"}, {"Expired": 1})
     clock.now_s = 16.0
     assert book.take_ended() == ({"a"}, {"Expired": 1})
+
+
+def test_what_is_left_of_a_prefill_is_told_by_those_before_it() -> None:
+    """A prefill of 100 tokens, 20 of them cached, took .8 s from its first layer; one of 300 will take 3 s."""
+    clock = Clock()
+    book = LeaseBook(10.0, clock)
+
+    def advance(request_id: str, tokens: int, *, before: int = 0, layers: int | None) -> None:
+        book.advance(
+            Progress(request_id=request_id, block_ids=((1,),), tokens=tokens, before=before),
+            layers=layers,
+        )
+
+    def begin(request_id: str, tokens: int) -> Claim:
+        book.begin(
+            Prefill(request_id=request_id, tokens=tokens, prompt_digest="d", workload="default")
+        )
+        return next(each for each in book.unclaimed() if each.prefill.request_id == request_id)
+
+    first = begin("a", 100)
+    clock.now_s = 5.0
+    advance("a", 60, before=20, layers=1)
+    assert first.left_s == 0
+    clock.now_s = 5.6
+    advance("a", 100, before=60, layers=None)
+    clock.now_s = 5.8
+    book.add(replace(lease(), tokens=100))
+    second = begin("b", 300)
+    assert second.left_s == 0
+    advance("b", 200, layers=1)
+    assert second.left_s == pytest.approx(3.0)
+    clock.now_s = 6.8
+    assert second.left_s == pytest.approx(2.0)
+    book.preempt("b")
+    assert second.left_s == 0
+    clock.now_s = 7.0
+    advance("b", 200, layers=None)
+    assert second.left_s == pytest.approx(1.0)

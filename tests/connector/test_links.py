@@ -76,7 +76,7 @@ def test_what_is_known_is_a_whole_link() -> None:
         for _ in range(5):
             arrivals.add(time.monotonic(), 1000)
     link.queue(1000.0, 0.5)
-    known = link.snapshot(PRIOR, book.coders, 2.0)
+    known = link.snapshot(PRIOR, book.coders, 2.0, 0.75)
     assert known == Link(
         bytes_per_s=PRIOR,
         backlog_bytes=1000.0,
@@ -84,6 +84,7 @@ def test_what_is_known_is_a_whole_link() -> None:
         load=replace(known.load),
         encoder_load=replace(known.encoder_load),
         decode_delays=2.0,
+        hidden_s=0.75,
     )
     assert known.load.native_bytes_per_s == pytest.approx(1000 * known.load.arrivals_per_s)
 

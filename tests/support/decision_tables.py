@@ -113,4 +113,5 @@ busy_links = st.builds(
     encode_factor=st.floats(0.1, 10),
     encode_delays=st.floats(0, 10),
     decode_delays=st.floats(0, 10),
+    hidden_s=st.just(0.0) | st.floats(0, 10),
 )

@@ -138,7 +138,7 @@ class Pair:
         self, request_id: str, tokens: int, block_ids: tuple[int, ...], layers: int | None = None
     ) -> None:
         """Have a prefill go on."""
-        progress = Progress(request_id=request_id, block_ids=(block_ids,), tokens=tokens)
+        progress = Progress(request_id=request_id, block_ids=(block_ids,), tokens=tokens, before=0)
         self.leases.advance(progress, layers=layers)
 
     def load(

@@ -242,7 +242,7 @@ class TransferReports(_message.Message):
     def __init__(self, reports: _Optional[_Iterable[_Union[TransferReport, _Mapping]]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("wall_s", "version", "peer", "workload", "native_bytes", "chunks", "bytes_per_s", "backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s", "arrivals_per_s", "native_bytes_per_s", "encoder_arrivals_per_s", "encoder_native_bytes_per_s", "encode_factor", "candidates", "incumbent", "allowance_s", "profile", "wanted", "bound", "predicted_s", "extra_s", "encode_delays", "decode_delays")
+    __slots__ = ("wall_s", "version", "peer", "workload", "native_bytes", "chunks", "bytes_per_s", "backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s", "arrivals_per_s", "native_bytes_per_s", "encoder_arrivals_per_s", "encoder_native_bytes_per_s", "encode_factor", "candidates", "incumbent", "allowance_s", "profile", "wanted", "bound", "predicted_s", "extra_s", "encode_delays", "decode_delays", "hidden_s")
     WALL_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,7 @@ class Decision(_message.Message):
     EXTRA_S_FIELD_NUMBER: _ClassVar[int]
     ENCODE_DELAYS_FIELD_NUMBER: _ClassVar[int]
     DECODE_DELAYS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     wall_s: float
     version: Version
     peer: str
@@ -295,7 +296,8 @@ class Decision(_message.Message):
     extra_s: float
     encode_delays: float
     decode_delays: float
-    def __init__(self, wall_s: _Optional[float] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., peer: _Optional[str] = ..., workload: _Optional[str] = ..., native_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., backlog_bytes: _Optional[float] = ..., rtt_s: _Optional[float] = ..., encode_backlog_s: _Optional[float] = ..., decode_backlog_s: _Optional[float] = ..., arrivals_per_s: _Optional[float] = ..., native_bytes_per_s: _Optional[float] = ..., encoder_arrivals_per_s: _Optional[float] = ..., encoder_native_bytes_per_s: _Optional[float] = ..., encode_factor: _Optional[float] = ..., candidates: _Optional[_Iterable[str]] = ..., incumbent: _Optional[str] = ..., allowance_s: _Optional[float] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., predicted_s: _Optional[float] = ..., extra_s: _Optional[float] = ..., encode_delays: _Optional[float] = ..., decode_delays: _Optional[float] = ...) -> None: ...
+    hidden_s: float
+    def __init__(self, wall_s: _Optional[float] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., peer: _Optional[str] = ..., workload: _Optional[str] = ..., native_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., backlog_bytes: _Optional[float] = ..., rtt_s: _Optional[float] = ..., encode_backlog_s: _Optional[float] = ..., decode_backlog_s: _Optional[float] = ..., arrivals_per_s: _Optional[float] = ..., native_bytes_per_s: _Optional[float] = ..., encoder_arrivals_per_s: _Optional[float] = ..., encoder_native_bytes_per_s: _Optional[float] = ..., encode_factor: _Optional[float] = ..., candidates: _Optional[_Iterable[str]] = ..., incumbent: _Optional[str] = ..., allowance_s: _Optional[float] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., predicted_s: _Optional[float] = ..., extra_s: _Optional[float] = ..., encode_delays: _Optional[float] = ..., decode_delays: _Optional[float] = ..., hidden_s: _Optional[float] = ...) -> None: ...
 
 class Decisions(_message.Message):
     __slots__ = ("decisions",)
