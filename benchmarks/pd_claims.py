@@ -1,14 +1,22 @@
-"""What a run of ``make bench-pd`` amounts to: a row for each policy and link, their ratios, and the claims. Pure."""
+"""What a run of ``make bench-pd`` shows of its targets, and how surely. Pure."""
 
-from collections import Counter
+import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
 from typing import Any, Final
 
-import numpy as np
-
-from pd_load import Timing
+from pd_pairs import (
+    HOLDS,
+    RESAMPLES,
+    UNCLEAR,
+    Estimate,
+    Target,
+    estimate,
+    made,
+    mean_ratio,
+    median_ratio,
+    resampled,
+)
 from pd_plan import (
     ALONE,
     KVSERVE,
@@ -20,160 +28,70 @@ from pd_plan import (
     OVERLAP,
     PAPERS_REGIME,
     RAW,
-    Condition,
+    REGIME,
 )
+from pd_rows import Row, best_static, by_round, groups, pairs
 
-TIMES_RAW: Final = 9.13
+TIMES_RAW: Final = Target(">", 9.13)
 """The paper's largest gain over raw transfers."""
-MOST_OVER_STATIC: Final = 1.02
-MOST_OVER_RAW: Final = 1.02
-MOST_OVER_ALONE: Final = 1.05
-LESS_LOSS: Final = 2.0
-HIDDEN: Final = 0.8
+OVER_STATIC: Final = Target("<=", 1.02)
+OVER_RAW: Final = Target("<=", 1.02)
+OVER_ALONE: Final = Target("<=", 1.05)
+LESS_LOSS: Final = Target(">=", 2.0)
+HIDDEN: Final = Target(">=", 0.8)
 LEAST_LOSS_BP: Final = 1e-3
 """A smaller loss is none."""
 
-Row = dict[str, Any]
+Claim = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """What a policy got under a condition, or in one of its rounds; parts add up.
-
-    Attributes:
-        timings: Of each request, in the order of arrival.
-        bytes_wire: All that passed the link, headers included.
-        grown: By how much the engines' counters grew.
-    """
-
-    timings: tuple[Timing, ...]
-    bytes_wire: int
-    grown: Mapping[str, float]
-
-    def __add__(self, other: "Cell") -> "Cell":
-        """Return both together, the other's requests after these."""
-        return Cell(
-            timings=self.timings + other.timings,
-            bytes_wire=self.bytes_wire + other.bytes_wire,
-            grown=Counter(self.grown) + Counter(other.grown),
-        )
-
-
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, 95th percentile and mean; NaN of nothing."""
-    if not seconds:
-        return dict.fromkeys(("p50", "p95", "mean"), float("nan"))
-    return {
-        "p50": float(np.percentile(seconds, 50)),
-        "p95": float(np.percentile(seconds, 95)),
-        "mean": float(np.mean(seconds)),
-    }
-
-
-def counted(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much counters grew, without those that did not."""
-    return {key: grown for key in after if (grown := after[key] - before.get(key, 0.0))}
-
-
-def row(
-    condition: Condition,
-    policy: str,
-    cell: Cell,
-    *,
-    losses_bp: Mapping[str, float],
-    objective_s: float,
-) -> Row:
-    """Return what a policy got under a condition.
+def claims(
+    rows: Sequence[Row], lossy: Iterable[str], losses_bp: Mapping[str, float]
+) -> list[Claim]:
+    """Return each target with what was measured for it; targets whose rows are not there are left out.
 
     Args:
-        condition: The link and the load.
-        policy: Its name.
-        cell: What it got.
+        rows: What was measured.
+        lossy: Policies beyond the quality budget.
         losses_bp: Of each profile.
-        objective_s: The bound of the time from a prefill's end to the first token, which is the policies' objective.
     """
-    timings, grown = cell.timings, cell.grown
-    good = [t for t in timings if not t.error]
-    used = {
-        key.partition(",")[2].rstrip("}"): int(value)
-        for key, value in grown.items()
-        if key.startswith("transfers{receive,")
-    }
-    total = sum(used.values())
-    return {
-        "condition": condition.name,
-        "bandwidth_mbit": condition.mbit,
-        "moving": condition.moving,
-        "policy": policy,
-        "requests": len(timings),
-        "per_s": condition.per_s,
-        "seed": condition.seed,
-        "ttft_s": percentiles([t.ttft_s for t in good]),
-        "jct_s": percentiles([t.jct_s for t in good]),
-        "prefill_s": percentiles([t.prefill_s for t in good if t.prefill_s]),
-        "bytes_wire": cell.bytes_wire,
-        "errors": len(timings) - len(good),
-        "recomputed": int(sum(v for k, v in grown.items() if "failures{receive" in k)),
-        "profiles": used,
-        "loss_bp": sum(losses_bp[n] * c for n, c in used.items()) / total if total else 0.0,
-        "attained": sum(t.ttft_s - t.prefill_s <= objective_s for t in good) / len(timings),
-        "stages_s": {
-            stage: sum(v for k, v in grown.items() if k.startswith(f"{stage}_seconds{{"))
-            for stage in ("encode", "wire", "decode", "total", "exposed")
-        },
-        "jct_each_s": [round(t.jct_s, 4) if not t.error else None for t in timings],
-        "ttft_each_s": [round(t.ttft_s, 4) if not t.error else None for t in timings],
-        "prefill_each_s": [round(t.prefill_s, 4) if not t.error else None for t in timings],
-    }
-
-
-def vs_raw(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Return for each condition and policy how many times shorter its median completion time is than raw's."""
-    return {
-        name: {
-            policy: group[RAW]["jct_s"]["p50"] / one["jct_s"]["p50"]
-            for policy, one in group.items()
-            if policy != RAW
-        }
-        for name, group in _groups(rows).items()
-        if RAW in group
-    }
-
-
-def best_static(group: Mapping[str, Row], lossy: Iterable[str]) -> Row | None:
-    """Return the fixed profile, raw included, of the least mean completion time.
-
-    Args:
-        group: One condition's rows by policy.
-        lossy: Policies beyond the quality budget, which can't be chosen.
-    """
-    able = [
-        one
-        for policy, one in group.items()
-        if policy not in (*OURS, ALONE, *lossy) and not one["errors"]
-    ]
-    return min(able, key=lambda one: one["jct_s"]["mean"], default=None)
-
-
-def vs_best_static(rows: Iterable[Row], lossy: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return for each condition KVServe's mean completion time over that of the best fixed profile in hindsight."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, group in _groups(rows).items():
-        best = best_static(group, lossy)
-        if best is not None and KVSERVE in group:
-            ours_s = group[KVSERVE]["jct_s"]["mean"]
-            found[name] = {"static": best["policy"], "times": ours_s / best["jct_s"]["mean"]}
+    by_name = groups(rows)
+    found: list[Claim] = []
+    regime = by_name.get(PAPERS_REGIME, {})
+    if {RAW, KVSERVE} <= regime.keys():
+        found.append(_regime(regime[RAW], regime[KVSERVE]))
+    moving = by_name.get(MOVING, {})
+    if (best := best_static(moving, lossy)) is not None:
+        found.append(
+            _claim(
+                f"moving link: mean JCT, KVServe over {best['policy']}, the best fixed in hindsight",
+                estimate(pairs(moving[KVSERVE], best), mean_ratio),
+                OVER_STATIC,
+            )
+        )
+    if (less := less_loss(moving, losses_bp)) is not None:
+        text = "moving link, for quality: least loss of a fixed profile at equal attainment, over KVServe's"
+        found.append(_claim(text, less, LESS_LOSS))
+    single = by_name.get(ONE_BY_ONE, {})
+    for text, ours, other, target in (
+        ("unshaped: JCT of a request, KVServe over raw", KVSERVE, RAW, OVER_RAW),
+        ("unshaped: JCT of a request, raw over no transfer", RAW, ALONE, OVER_ALONE),
+    ):
+        if {ours, other} <= single.keys():
+            ratio = estimate(pairs(single[ours], single[other]), median_ratio)
+            found.append(_claim(text, ratio, target))
+    if (share := hidden(by_name.get(OVERLAP, {}))) is not None:
+        text = "100 Mbit/s: share of a transfer that is over when its prefill ends"
+        found.append(_claim(text, share, HIDDEN))
     return found
 
 
-def paired(one: Row, other: Row) -> float:
-    """Return the median over requests of one row's completion time over the other's; NaN without common requests."""
-    ratios = [a / b for a, b in zip(one["jct_each_s"], other["jct_each_s"], strict=True) if a and b]
-    return median(ratios) if ratios else float("nan")
-
-
-def less_loss(group: Mapping[str, Row]) -> float | None:
+def less_loss(group: Mapping[str, Row], losses_bp: Mapping[str, float]) -> Estimate | None:
     """Return how many times the least lossy fixed profile that keeps the objective as often loses as much as KVServe.
+
+    Args:
+        group: One condition's rows by policy. Who keeps the objective is counted over the requests that both had.
+        losses_bp: Of each profile.
 
     Returns:
         Infinite if no fixed profile keeps it as often, or KVServe loses nothing where each of these does; None where
@@ -182,127 +100,121 @@ def less_loss(group: Mapping[str, Row]) -> float | None:
     ours = group.get(KVSERVE_QUALITY)
     if ours is None:
         return None
-    able = [
-        one["loss_bp"]
-        for policy, one in group.items()
-        if policy not in (*OURS, ALONE) and one["attained"] >= ours["attained"]
+    fixed = [one for policy, one in group.items() if policy not in (*OURS, ALONE)]
+    kept = [(one["loss_bp"], _attained(ours, one)) for one in fixed]
+    used = [_losses(part["profiles"], losses_bp) for part in ours["rounds"]]
+    dice = random.Random(1)
+    draws = [
+        _less(
+            [(loss_bp, resampled(both, dice)) for loss_bp, both in kept],
+            resampled([part for part in used if part] or [[0.0]], dice),
+        )
+        for _ in range(RESAMPLES)
     ]
-    if not able:
-        return float("inf")
-    if min(able) < LEAST_LOSS_BP:
-        return 1.0 if ours["loss_bp"] < LEAST_LOSS_BP else 0.0
-    return min(able) / ours["loss_bp"] if ours["loss_bp"] > 0 else float("inf")
+    whole = [(loss_bp, [pair for part in both for pair in part]) for loss_bp, both in kept]
+    value = _less(whole, [loss_bp for part in used for loss_bp in part] or [0.0])
+    return made(value, draws, ours["requests"])
 
 
-def claims(rows: Sequence[Row], lossy: Iterable[str], *, request_s: float) -> list[dict[str, Any]]:
-    """Return each target with what was measured for it; targets whose rows are not there are left out.
+def hidden(group: Mapping[str, Row]) -> Estimate | None:
+    """Return the share of transfers' time, by the connector's counters, that was over when their prefill ended.
 
     Args:
-        rows: What was measured.
-        lossy: Policies beyond the quality budget.
-        request_s: What a request takes that has nothing to transfer.
-    """
-    groups = _groups(rows)
-    found = []
-    regime = groups.get(PAPERS_REGIME, {})
-    if {RAW, KVSERVE} <= regime.keys():
-        times = regime[RAW]["jct_s"]["p50"] / regime[KVSERVE]["jct_s"]["p50"]
-        found.append(
-            _claim(
-                "paper's regime: median JCT, raw over KVServe",
-                times,
-                f"> {TIMES_RAW}",
-                times > TIMES_RAW,
-            )
-        )
-    moving = groups.get(MOVING, {})
-    if (against := vs_best_static(moving.values(), lossy).get(MOVING)) is not None:
-        found.append(
-            _claim(
-                f"moving link: mean JCT, KVServe over {against['static']}, the best fixed in hindsight",
-                against["times"],
-                f"<= {MOST_OVER_STATIC}",
-                against["times"] <= MOST_OVER_STATIC,
-            )
-        )
-    if (less := less_loss(moving)) is not None:
-        found.append(
-            _claim(
-                "moving link, for quality: least loss of a fixed profile at equal attainment, over KVServe's",
-                less,
-                f">= {LESS_LOSS}",
-                less >= LESS_LOSS,
-            )
-        )
-    single = groups.get(ONE_BY_ONE, {})
-    for name, ours, other, most in (
-        ("unshaped: JCT of a request, KVServe over raw", KVSERVE, RAW, MOST_OVER_RAW),
-        ("unshaped: JCT of a request, raw over no transfer", RAW, ALONE, MOST_OVER_ALONE),
-    ):
-        if {ours, other} <= single.keys():
-            times = paired(single[ours], single[other])
-            found.append(_claim(name, times, f"<= {most}", times <= most))
-    if (behind := overlap(rows, request_s=request_s)) is not None:
-        share = behind["hidden"]
-        found.append(
-            _claim(
-                "100 Mbit/s: share of a transfer hidden behind its prefill",
-                share,
-                f">= {HIDDEN}",
-                share >= HIDDEN,
-            )
-        )
-    return found
-
-
-def overlap(rows: Iterable[Row], *, request_s: float) -> dict[str, float] | None:
-    """Return what it brings to pull while the prefill goes on: medians over the same requests sent in both ways.
-
-    Args:
-        rows: What was measured.
-        request_s: What a request of one token takes that has nothing to transfer.
+        group: Rows by policy, of which the one that pulls while the prefill goes on counts.
 
     Returns:
-        ``hidden``, the share of the time between a prefill's end and the first token, less ``request_s``, that is no
-        longer there; ``prefill_times``, how many times as long the prefill takes beside its transfer, whose coding may
-        share its core; ``ttft_times``, the time to the first token over that of pulling afterwards. None where not both
-        ways were measured.
+        None where nothing was transferred so.
     """
-    group = _groups(rows).get(OVERLAP, {})
+    one = next((one for policy, one in group.items() if not policy.endswith(LATE)), None)
+    if one is None:
+        return None
+    # a turn is the least that counters tell apart
+    turns = [(p["stages_s"]["exposed"], p["stages_s"]["total"]) for p in one["rounds"]]
+    known = [turn for turn in turns if turn[1] > 0]
+    return estimate([[turn] for turn in known], _hidden) if known else None
+
+
+def overlap(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """Return what else it brings to pull while the prefill goes on: the same requests sent in both ways.
+
+    Returns:
+        ``ttft_times``, the time to the first token over that of pulling afterwards, and ``prefill_times``, how many
+        times as long the prefill takes beside its transfer, whose coding may share its core: the median over requests,
+        with its interval. None where not both ways were measured.
+    """
+    group = groups(rows).get(OVERLAP, {})
     after = next((one for policy, one in group.items() if policy.endswith(LATE)), None)
     during = next((one for policy, one in group.items() if not policy.endswith(LATE)), None)
     if after is None or during is None:
         return None
-    # a request that failed has no times
-    both = [
-        (late, early)
-        for late, early in zip(_first_tokens(after), _first_tokens(during), strict=True)
-        if late and early and late[0] - late[1] > request_s
+    found = {}
+    for name in ("ttft", "prefill"):
+        both = list(zip(during[f"{name}_each_s"], after[f"{name}_each_s"], strict=False))
+        # a request that failed has no times
+        rounds = [[(a, b) for a, b in part if a and b] for part in by_round(during, both)]
+        times = estimate(rounds, median_ratio)
+        if not times.items:
+            return None
+        found[f"{name}_times"] = {"value": _finite(times.value)} | _interval(times)
+    return found
+
+
+def _regime(raw: Row, ours: Row) -> Claim:
+    """Return the claim of the paper's regime; it says what the regime was, and is unclear outside of it."""
+    times = raw["link_s"] / raw["prefills_s"]
+    text = (
+        f"paper's regime, raw transfers {times:.1f} times as long as their prefills:"
+        " JCT of a request, raw over KVServe"
+    )
+    found = _claim(text, estimate(pairs(raw, ours), median_ratio), TIMES_RAW)
+    if times < REGIME:
+        found |= {"verdict": UNCLEAR, "holds": False}
+    return found | {"link_over_prefill": times}
+
+
+def _attained(ours: Row, other: Row) -> list[Sequence[tuple[bool, bool]]]:
+    """Return by rounds for each request that both had whether either kept the objective."""
+    shorter = min(ours, other, key=lambda row: row["requests"])
+    both = list(zip(ours["attained_each"], other["attained_each"], strict=False))
+    return by_round(shorter, both)
+
+
+def _losses(used: Mapping[str, int], losses_bp: Mapping[str, float]) -> list[float]:
+    return [losses_bp[name] for name, count in used.items() for _ in range(count)]
+
+
+def _less(
+    fixed: Iterable[tuple[float, Sequence[tuple[bool, bool]]]], losses_bp: Sequence[float]
+) -> float:
+    """Return the least loss of the fixed profiles that keep the objective as often, over the mean of KVServe's."""
+    able = [
+        loss_bp for loss_bp, both in fixed if sum(b for _, b in both) >= sum(a for a, _ in both)
     ]
-    if not both:
-        return None
-    return {
-        "hidden": median(
-            1 - max(ttft - prefill - request_s, 0.0) / (late_ttft - late_prefill - request_s)
-            for (late_ttft, late_prefill), (ttft, prefill) in both
-        ),
-        "prefill_times": median(early[1] / late[1] for late, early in both),
-        "ttft_times": median(early[0] / late[0] for late, early in both),
-    }
+    ours_bp = sum(losses_bp) / len(losses_bp)
+    if not able:
+        return float("inf")
+    if min(able) < LEAST_LOSS_BP:
+        return 1.0 if ours_bp < LEAST_LOSS_BP else 0.0
+    return min(able) / ours_bp if ours_bp > 0 else float("inf")
 
 
-def _first_tokens(one: Row) -> list[tuple[float, float] | None]:
-    """Return for each request the time to its first token and to its prefill's end; None if it failed."""
-    pairs = zip(one["ttft_each_s"], one["prefill_each_s"], strict=True)
-    return [(ttft, prefill) if ttft and prefill else None for ttft, prefill in pairs]
+def _hidden(turns: Sequence[tuple[float, float]]) -> float:
+    return 1 - sum(exposed for exposed, _ in turns) / sum(total for _, total in turns)
 
 
-def _groups(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    groups: dict[str, dict[str, Row]] = {}
-    for one in rows:
-        groups.setdefault(one["condition"], {})[one["policy"]] = one
-    return groups
+def _claim(text: str, found: Estimate, target: Target) -> Claim:
+    verdict = target.verdict(found)
+    return (
+        {"claim": text, "value": _finite(found.value), "target": str(target)}
+        | _interval(found)
+        | {"items": found.items, "verdict": verdict, "holds": verdict == HOLDS}
+    )
 
 
-def _claim(text: str, value: float, target: str, holds: bool) -> dict[str, Any]:
-    return {"claim": text, "value": float(value), "target": target, "holds": bool(holds)}
+def _interval(found: Estimate) -> dict[str, float | None]:
+    return {"low": _finite(found.low), "high": _finite(found.high)}
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON has it: None for what is infinite or not known."""
+    return float(value) if math.isfinite(value) else None

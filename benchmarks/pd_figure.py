@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from pd_load import course
-from pd_plan import ALONE, KVSERVE, KVSERVE_QUALITY, MOVES_MBIT, RAW, SLOW_MBIT, Moves
+from pd_plan import KVSERVE, KVSERVE_QUALITY, MOVES_MBIT, RAW, SLOW_MBIT, Moves
 from store_rows import RECOMPUTE, link_name
 
+BIN_S: Final = 3.0
+"""Requests over the moving link that arrive within so long are drawn as one point."""
 COLOURS: Final = {
     KVSERVE: "#1b6ca8",
     KVSERVE_QUALITY: "#0b6e4f",
@@ -30,7 +32,7 @@ COLOURS: Final = {
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Draw completion times over the link's rate, and the moving link request by request.
+    """Draw completion times over the link's rate, and over the moving link by the time of arrival.
 
     Args:
         document: What the benchmark found.
@@ -80,21 +82,31 @@ def _moving(axes: Axes, document: Mapping[str, Any]) -> None:
     if not rows:
         axes.set_axis_off()
         return
-    at_s = [at for at, _ in course(rows[0]["requests"], rows[0]["per_s"], rows[0]["seed"])]
+    moves = Moves()
+    whole_s = moves.phase_s * len(moves.rates_mbit)
+    edges = np.arange(0.0, whole_s + BIN_S / 2, BIN_S)
     for row in rows:
         policy = row["policy"]
-        if policy == ALONE:
+        answered = [
+            (at_s % whole_s, jct_s)
+            for at_s, jct_s in zip(row["at_each_s"], row["jct_each_s"], strict=True)
+            if jct_s is not None
+        ]
+        if not answered:
             continue
-        points = [(a, j) for a, j in zip(at_s, row["jct_each_s"], strict=True) if j is not None]
+        at_s, jct_s = (np.array(each) for each in zip(*answered, strict=True))
+        places = np.digitize(at_s, edges) - 1
+        filled = sorted(set(places.tolist()))
+        colour = COLOURS.get(policy, "#777777")
+        axes.scatter(at_s, jct_s, color=colour, s=7, alpha=0.35, lw=0)
         axes.plot(
-            *zip(*points, strict=True),
-            color=COLOURS.get(policy, "#777777"),
-            lw=2.6 if policy.startswith(KVSERVE) else 1.0,
+            edges[filled] + BIN_S / 2,
+            [jct_s[places == place].mean() for place in filled],
+            color=colour,
+            lw=2.6 if policy.startswith(KVSERVE) else 1.2,
             label=f"{policy}: mean {row['jct_s']['mean']:.2f} s, {row['loss_bp']:.0f} bp",
         )
-    moves = Moves()
-    for number in range(int(max(at_s) / moves.phase_s) + 1):
-        mbit = moves.mbit((number + 0.5) * moves.phase_s)
+    for number, mbit in enumerate(moves.rates_mbit):
         if mbit is not None:
             axes.axvspan(
                 number * moves.phase_s,
@@ -103,11 +115,12 @@ def _moving(axes: Axes, document: Mapping[str, Any]) -> None:
                 lw=0,
                 alpha=0.2 if mbit == SLOW_MBIT else 0.08,
             )
+    axes.set_xlim(0.0, whole_s)
     axes.set_yscale("log")
     axes.set_xlabel(
-        f"arrival, s (dark {SLOW_MBIT:g} Mbit/s, grey {MOVES_MBIT[1]:g}, white unshaped)"
+        f"arrival in the link's cycle, s (dark {SLOW_MBIT:g} Mbit/s, grey {MOVES_MBIT[1]:g}, white unshaped)"
     )
-    axes.set_ylabel("job completion time, s")
+    axes.set_ylabel(f"job completion time, s (dot: request, line: mean of {BIN_S:g} s)")
     axes.set_title("The same requests over a moving link")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
 

@@ -20,6 +20,7 @@ from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE, ParetoSet
 from pd_load import LENGTHS, course, mean_tokens
 from pd_plan import BITS_A_TOKEN, GENERATED, KVSERVE, LOAD, RAW
+from pd_rows import by_round
 
 CHUNKS: Final = 6
 MEMORY_SHARE: Final = 0.25
@@ -94,10 +95,15 @@ def checked(
     rows: Iterable[Mapping[str, Any]],
     pareto: ParetoSet,
     *,
-    prefill_s_per_token: float,
-    job_s: float,
+    generate_s: float,
 ) -> list[dict[str, Any]]:
-    """Return fixed profiles' measured median completion times beside the model's with this machine's figures."""
+    """Return fixed profiles' measured median completion times beside the model's with this machine's figures.
+
+    Args:
+        rows: What was measured.
+        pareto: All profiles.
+        generate_s: From a cache's arrival to the last token.
+    """
     profiles = {p.name: p for p in pareto.classes[DEFAULT_CLASS]}
     found = []
     for row in rows:
@@ -110,14 +116,19 @@ def checked(
         ):
             continue
         used = profiles[name]
-        times = simulate(
-            course(row["requests"], row["per_s"], row["seed"]),
-            [Codec(ratio=used.ratio, encode=used.encode, decode=used.decode)],
-            token_bytes=BITS_A_TOKEN / 8,
-            prefill_s_per_token=prefill_s_per_token,
-            generate_s=job_s - prefill_s_per_token * mean_tokens(),
-            bytes_per_s=row["bandwidth_mbit"] * 1e6 / 8,
-        )
+        arrivals = list(zip(row["at_each_s"], row["tokens_each"], strict=True))
+        times = [
+            time_s
+            for part, of_round in zip(row["rounds"], by_round(row, arrivals), strict=True)
+            for time_s in simulate(
+                of_round,
+                [Codec(ratio=used.ratio, encode=used.encode, decode=used.decode)],
+                token_bytes=BITS_A_TOKEN / 8,
+                prefill_s_per_token=part["prefill_s_per_token"],
+                generate_s=generate_s,
+                bytes_per_s=row["bandwidth_mbit"] * 1e6 / 8,
+            )
+        ]
         found.append(
             {
                 "condition": row["condition"],
@@ -133,11 +144,10 @@ def modelled(
     rows: Sequence[Mapping[str, Any]],
     pareto: ParetoSet,
     *,
-    prefill_s_per_token: float,
-    job_s: float,
+    generate_s: float,
 ) -> dict[str, Any]:
-    """Return the model's check, and its figures for GPUs."""
-    check = checked(rows, pareto, prefill_s_per_token=prefill_s_per_token, job_s=job_s)
+    """Return the model's check, and its figures for GPUs; arguments as of `checked`."""
+    check = checked(rows, pareto, generate_s=generate_s)
     errors = [one["measured_s"] / one["modelled_s"] for one in check]
     return {
         "modelled_not_measured": True,

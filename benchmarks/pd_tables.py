@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvserve_profiler.cost import device_kind
+from pd_plan import LOAD
 
 
 def machine() -> dict[str, Any]:
@@ -45,6 +46,7 @@ def run_table(document: Mapping[str, Any]) -> Table:
         "mean",
         "raw's p50 over it",
         "MB on the wire",
+        "prefill, ms a token",
         "loss bp",
     )
     for heading in (*headings, "errors"):
@@ -65,6 +67,7 @@ def run_table(document: Mapping[str, Any]) -> Table:
             *(f"{row['jct_s'][name]:.2f}" for name in ("p50", "p95", "mean")),
             "" if gain is None else f"{gain:.2f}",
             f"{row['bytes_wire'] / 1e6:.1f}",
+            f"{1e3 * row['prefill_s_per_token']:.2f}",
             f"{row['loss_bp']:.1f}",
             f"{row['errors']}"
             + (f" + {row['recomputed']} recomputed" if row["recomputed"] else ""),
@@ -75,15 +78,32 @@ def run_table(document: Mapping[str, Any]) -> Table:
 
 
 def claim_table(document: Mapping[str, Any]) -> Table:
-    """Return the targets, with what was measured."""
+    """Return the targets, with what was measured, and how surely where that is known."""
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("target", "measured", "wanted", ""):
+    for heading in ("target", "measured", "90 %", "wanted", ""):
         table.add_column(heading, justify="left" if heading == "target" else "right")
     for one in document["claims"]:
         table.add_row(
-            one["claim"], f"{one['value']:.3f}", one["target"], "holds" if one["holds"] else "fails"
+            one["claim"],
+            "∞" if one["value"] is None else f"{one['value']:.3f}",
+            interval(one, "{:.3f}".format),
+            one["target"],
+            one.get("verdict") or ("holds" if one["holds"] else "missed"),
         )
     return table
+
+
+def interval(found: Mapping[str, Any], text: Callable[[float], str]) -> str:
+    """Return where a figure's interval begins and ends; nothing if there is none.
+
+    Args:
+        found: Has ``low`` and ``high``, or not; None for what is infinite, both None for what is not known.
+        text: Of a number.
+    """
+    low, high = found.get("low"), found.get("high")
+    if low is None:
+        return ""
+    return f"{text(low)} to {'∞' if high is None else text(high)}"
 
 
 def model_table(document: Mapping[str, Any]) -> Table:
@@ -94,7 +114,7 @@ def model_table(document: Mapping[str, Any]) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         title=f"MODELLED, not measured: {assumed['model']}, {min(assumed['tokens'])} to "
-        f"{max(assumed['tokens'])} tokens, prefill half busy; median JCT in seconds, and raw's over it",
+        f"{max(assumed['tokens'])} tokens, prefill {LOAD:.0%} busy; median JCT in seconds, and raw's over it",
         title_justify="left",
         caption=""
         if error is None

@@ -39,10 +39,10 @@ import pd_profiles
 import pd_servers
 from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import NONE, ParetoSet
-from pd_claims import percentiles
 from pd_links import End
 from pd_options import OUT, ROOT, parser
 from pd_plan import START_S
+from pd_rows import percentiles
 from pd_tables import claim_table, machine
 from store_rows import FLOOR, KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
 from testcluster.process import die_with_parent
