@@ -37,6 +37,8 @@ MOVES_MBIT: Final = (SLOW_MBIT, 100.0, None, 100.0)
 """The rates of the moving link, in turn; None unshaped."""
 PHASE_S: Final = 6.0
 """How long it keeps each of them."""
+COURSE_S: Final = 26.0
+"""A little more than all of them."""
 START_S: Final = 75.0
 LOAD: Final = 0.3
 """Where the engines' cores are two threads of one, each takes up to 1.6 times as long while the other computes, and
@@ -65,6 +67,7 @@ class Condition:
         load: The share of the time for which requests would keep the prefill engine busy alone; 0: each waits for the
             one before.
         once: Which of the policies only have a turn in the first round.
+        lasts_s: A round has only as many requests as arrive in so long; 0: as long as they need.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Condition:
     moving: bool = False
     load: float = 0.0
     once: tuple[str, ...] = ()
+    lasts_s: float = 0.0
 
     def order(self, number: int) -> tuple[str, ...]:
         """Return the policies of a round, the first of which is number 0, in the order of their turns."""
@@ -92,6 +96,13 @@ class Condition:
         if not self.regime:
             return self.mbit
         return BITS_A_TOKEN / (self.regime * prefill_s_per_token) / 1e6
+
+    def count(self, prefill_s_per_token: float, mean_tokens: float) -> int:
+        """Return how many requests a round has."""
+        if not self.lasts_s:
+            return self.requests
+        arriving = round(self.lasts_s * self.per_s(prefill_s_per_token, mean_tokens))
+        return max(LEAST, min(self.requests, arriving))
 
     def per_s(self, prefill_s_per_token: float, mean_tokens: float) -> float:
         """Return how many requests arrive in a second; 0: each waits for the one before."""
@@ -145,7 +156,8 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         mbit=100.0,
         policies=(HIDING + LATE, HIDING),
         requests=scaled(3),
-        ends=0.4,
+        rounds=6,
+        ends=0.3,
     )
     rates = (
         Condition(
@@ -163,14 +175,15 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         moving=True,
         policies=(*OURS, *STATICS, *ONCE),
         once=ONCE,
-        # so that a turn meets each of the rates
         requests=scaled(12),
+        # so that a turn meets each of the rates, once
+        lasts_s=COURSE_S,
         rounds=16,
         ends=1.0,
         load=LOAD,
     )
     # the last one takes what is left
-    return (one_by_one, regime, overlap, *rates, moving)
+    return (one_by_one, overlap, regime, *rates, moving)
 
 
 def _quick() -> tuple[Condition, ...]:

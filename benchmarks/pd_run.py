@@ -124,10 +124,11 @@ class Run:
 
     def round(self, condition: Condition, number: int) -> tuple[list[Request], float]:
         """Return a round's requests, the same for all policies, and how many of them arrive in a second."""
+        prefill_s = self.prefill_s_per_token()
+        count = condition.count(prefill_s, pd_load.mean_tokens())
         # at one a second in the mean, then as many as the machine can do now
-        made = pd_load.schedule(self._documents, condition.requests, 1.0, seed=1 + number)
-        mean_tokens = sum(len(r.prompt) for r in made) / len(made)
-        per_s = condition.per_s(self.prefill_s_per_token(), mean_tokens)
+        made = pd_load.schedule(self._documents, count, 1.0, seed=1 + number)
+        per_s = condition.per_s(prefill_s, sum(len(r.prompt) for r in made) / count)
         return [replace(r, at_s=r.at_s / per_s if per_s else 0.0) for r in made], per_s
 
     def turn(

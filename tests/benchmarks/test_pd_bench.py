@@ -92,6 +92,16 @@ def test_link_and_load_follow_from_prefill() -> None:
     assert replace(condition, regime=0.0, mbit=50.0).link_mbit(prefill_s) == 50.0
 
 
+@pytest.mark.parametrize(
+    ("prefill_s", "requests"), [(0.5e-3, 12), (1e-3, 8), (2e-3, 4), (1e-1, pd_plan.LEAST)]
+)
+def test_a_round_lasts_no_longer_than_it_may(prefill_s: float, requests: int) -> None:
+    """A slower machine has fewer requests in a round instead of a longer one, but some."""
+    condition = replace(CONDITION, requests=12, load=0.3, lasts_s=24.0)
+    assert condition.count(prefill_s, 900.0) == requests
+    assert replace(condition, lasts_s=0.0).count(prefill_s, 900.0) == 12
+
+
 @pytest.mark.parametrize("minutes", [6.0, 14.0, 25.0])
 def test_the_time_decides_how_much_is_compared_but_not_what(minutes: float) -> None:
     """Links and policies are the same whatever the time, rounds have fewer requests, and the last condition ends it."""
@@ -247,9 +257,9 @@ def test_less_loss_is_counted_at_equal_attainment(
 
 def test_claims_hold_or_are_missed_by_what_was_measured() -> None:
     """Each claim takes its own condition's rows, and holds only if its interval does; few requests show nothing."""
-    ones, regime = [1.0, 2.0] * 4, {"link_s": 12.0, "prefills_s": 1.0}
+    ones = [1.0, 2.0] * 4
     rows = [
-        row(RAW, *[30.0] * 8, name=PAPERS_REGIME, **regime),
+        row(RAW, *[30.0] * 8, name=PAPERS_REGIME, link_s=12.0, prefills_s=1.0),
         row(KVSERVE, *[3.0] * 8, name=PAPERS_REGIME),
         row(RAW, *[9.0] * 8),
         row("joint-3", *[2.0] * 8),
@@ -347,7 +357,8 @@ def test_what_is_hidden_is_counted_by_the_connector() -> None:
     late = row("late" + pd_plan.LATE, 2.1, name=OVERLAP)
     found = pd_claims.hidden({one["policy"]: one for one in (late, early)})
     assert found is not None
-    assert (found.value, found.items) == (pytest.approx(0.8), 2)
+    assert found.value == pytest.approx(0.8)
+    assert found.items == 2
     assert pd_claims.hidden({late["policy"]: late}) is None
 
 
