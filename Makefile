@@ -60,8 +60,8 @@ bench-push: $(STAMP) ## Push tables to a thousand pods' streams: latency, memory
 bench-profiler: $(STAMP) ## Compare the profiling engine with other searches on the measured truth (says how long; QUICK=1: two minutes)
 	$(PY) benchmarks/profiler_search.py
 
-bench-pd: $(STAMP) ## Real prefill and decode engines over links of many rates; needs root (25 minutes; MINUTES=N; QUICK=1: two)
-	$(PY) benchmarks/pd_bench.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE)) $(if $(DATA),--texts $(DATA))
+bench-pd: $(STAMP) ## Real prefill and decode engines over links of many rates; needs root (25 minutes; MINUTES=N; QUICK=1: two; MARKDOWN=1: the last run's tables)
+	$(PY) benchmarks/pd_bench.py $(if $(MARKDOWN),--markdown) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE)) $(if $(DATA),--texts $(DATA))
 
 bench-store: $(STAMP) ## Real engines with a KV store: first token against recomputing; needs root (five minutes; QUICK=1: two)
 	$(PY) benchmarks/store_bench.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(if $(DATA),--texts $(DATA))

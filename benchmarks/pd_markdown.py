@@ -62,7 +62,7 @@ def claim_lines(document: Mapping[str, Any]) -> list[str]:
                 one["claim"],
                 "∞" if one["value"] is None else number(one["value"]),
                 interval(one, number),
-                " ".join(SIGNS.get(word, word) for word in one["target"].split()),
+                _wanted(one["target"]),
                 VERDICTS[one["verdict"]],
             )
             for one in document["claims"]
@@ -112,7 +112,7 @@ def model_lines(document: Mapping[str, Any]) -> list[str]:
         line = [f"{gbit:g}"]
         for gpu in gpus:
             raw_s, ours_s = (found[gbit, gpu, policy] for policy in (RAW, KVSERVE))
-            line += [number(raw_s), number(ours_s), f"{raw_s / ours_s:.2f}×"]
+            line += [number(raw_s), number(ours_s), f"{number(raw_s / ours_s)}×"]
         lines.append(line)
     headings = [text for gpu in gpus for text in (f"{gpu}: raw", "KVServe", "")]
     return _table(["Gbit/s", *headings], lines)
@@ -122,6 +122,11 @@ def number(value: float) -> str:
     """Return a figure as the docs have them: three digits or so, and no zero before the point."""
     text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def _wanted(target: str) -> str:
+    sign, bound = target.split()
+    return f"{SIGNS.get(sign, sign)} {bound.removeprefix('0')}"
 
 
 def _link(row: Mapping[str, Any]) -> str:

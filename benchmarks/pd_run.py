@@ -88,9 +88,9 @@ class Run:
             raise pd_servers.ServerError(f"the engines do not answer: {error}")
         return median(t.jct_s - t.ttft_s for t in found[-len(requests) :])
 
-    def prefill_s_per_token(self) -> float:
-        """Return what a prefill takes alone, measured again if the last time is long ago; the link must be idle."""
-        if not self.probes or time.perf_counter() - self.probes[-1].at_s > FRESH_S:
+    def prefill_s_per_token(self, fresh_s: float = FRESH_S) -> float:
+        """Return what a prefill takes alone, measured again if that is longer ago; the link must be idle."""
+        if not self.probes or time.perf_counter() - self.probes[-1].at_s > fresh_s:
             requests = pd_load.schedule(self._documents, PROBES, 1.0, seed=len(self.probes))
             probes = [replace(r, prompt=(r.prompt * 2)[:PROBE_TOKENS]) for r in requests]
             found = self._drive(probes, self._route(ALONE), max_tokens=1)
@@ -253,7 +253,7 @@ def compare(
         say: Takes messages for people.
     """
     for condition in conditions:
-        prefill_s = run.prefill_s_per_token()
+        prefill_s = run.prefill_s_per_token(fresh_s=0.0)
         mbit = condition.link_mbit(prefill_s)
         say(
             f"{condition.name}: prefill {1e3 * prefill_s:.2f} ms a token"

@@ -32,7 +32,7 @@ def run_table(document: Mapping[str, Any]) -> Table:
     """Return a line for each condition and policy."""
     table = Table(
         box=SIMPLE_HEAD,
-        title="seconds as the client sees them; * beyond the quality budget",
+        title="seconds as the client sees them, MB on the wire, prefill of a token alone; * beyond the quality budget",
         title_justify="left",
     )
     table.add_column("link", no_wrap=True)
@@ -44,9 +44,9 @@ def run_table(document: Mapping[str, Any]) -> Table:
         "JCT p50",
         "p95",
         "mean",
-        "raw's p50 over it",
-        "MB on the wire",
-        "prefill, ms a token",
+        "raw over it",
+        "MB",
+        "prefill ms",
         "loss bp",
     )
     for heading in (*headings, "errors"):

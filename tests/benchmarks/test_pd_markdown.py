@@ -73,8 +73,8 @@ def test_errors_have_a_column_where_there_are_any() -> None:
             id="interval",
         ),
         pytest.param(
-            {"value": None, "low": 0.5, "high": None, "target": ">= 2", "verdict": "unclear"},
-            "| it | ∞ | .50 to ∞ | ≥ 2 | **unclear** |",
+            {"value": None, "low": 0.5, "high": None, "target": ">= 0.8", "verdict": "unclear"},
+            "| it | ∞ | .50 to ∞ | ≥ .8 | **unclear** |",
             id="infinite",
         ),
         pytest.param(
