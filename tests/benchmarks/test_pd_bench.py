@@ -104,12 +104,14 @@ def test_a_round_lasts_no_longer_than_it_may(prefill_s: float, requests: int) ->
 
 @pytest.mark.parametrize("minutes", [6.0, 14.0, 25.0])
 def test_the_time_decides_how_much_is_compared_but_not_what(minutes: float) -> None:
-    """Links and policies are the same whatever the time, rounds have fewer requests, and the last condition ends it."""
+    """Links and policies are the same whatever the time, rounds have fewer requests, and all ends in time."""
     full = pd_plan.plan(60.0, quick=False)
     made = pd_plan.plan(minutes, quick=False)
     assert [(c.name, c.policies) for c in made] == [(c.name, c.policies) for c in full]
     assert all(pd_plan.LEAST <= a.requests <= b.requests for a, b in zip(made, full, strict=True))
-    assert [c.name for c in made if c.ends == 1.0] == [made[-1].name] == [MOVING]
+    ends = [c.ends for c in made if c.rounds > 1]
+    assert ends == sorted(ends)
+    assert ends[-1] == 1.0
 
 
 def test_policies_take_turns_at_being_first() -> None:
