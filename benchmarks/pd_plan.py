@@ -21,7 +21,7 @@ ONE_BY_ONE: Final = "one by one"
 OVERLAP: Final = "overlap"
 PAPERS_REGIME: Final = "paper's regime"
 MOVING: Final = "moving"
-RATES_MBIT: Final = (50, 100, 1000)
+RATES_MBIT: Final = (100, 1000)
 HIDING: Final = "joint-10"
 """The profile with which it is measured how much of a transfer hides behind its prefill."""
 LATE: Final = " after prefill"
@@ -142,7 +142,7 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         return max(LEAST, math.ceil(requests * min(1.0, minutes / FULL_MINUTES)))
 
     one_by_one = Condition(
-        name=ONE_BY_ONE, policies=(ALONE, RAW, KVSERVE), requests=scaled(4), rounds=16, ends=0.17
+        name=ONE_BY_ONE, policies=(ALONE, RAW, KVSERVE), requests=scaled(4), rounds=16, ends=0.15
     )
     regime = Condition(
         name=PAPERS_REGIME,
