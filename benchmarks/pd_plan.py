@@ -1,7 +1,7 @@
 """What ``make bench-pd`` runs: links, loads, policies, and when they take turns. Pure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -39,8 +39,8 @@ MOVES_MBIT: Final = (SLOW_MBIT, 100.0, None, 100.0)
 """The rates of the moving link, in turn; None unshaped."""
 PHASE_S: Final = 6.0
 """How long it keeps each of them."""
-COURSE_S: Final = 26.0
-"""A little more than all of them."""
+COURSE_S: Final = PHASE_S * len(MOVES_MBIT)
+"""How long all of them take."""
 START_S: Final = 75.0
 LOAD: Final = 0.3
 """Where the engines' cores are two threads of one, each takes up to 1.6 times as long while the other computes, and
@@ -69,7 +69,8 @@ class Condition:
         load: The share of the time for which requests would keep the prefill engine busy alone; 0: each waits for the
             one before.
         once: Which of the policies only have a turn in the first round.
-        lasts_s: A round has only as many requests as arrive in so long; 0: as long as they need.
+        lasts_s: A round has only as many requests as arrive in so long, and they arrive over all of it; 0: as long as
+            they need.
     """
 
     name: str
@@ -105,6 +106,19 @@ class Condition:
             return self.requests
         arriving = round(self.lasts_s * self.per_s(prefill_s_per_token, mean_tokens))
         return max(LEAST, min(self.requests, arriving))
+
+    def arrivals_s(self, at_s: Sequence[float], per_s: float) -> list[float]:
+        """Return when a round's requests arrive.
+
+        Args:
+            at_s: When they would, if one arrived in a second in the mean.
+            per_s: How many arrive; 0: each waits for the one before.
+        """
+        if not per_s:
+            return [0.0] * len(at_s)
+        # few requests seldom arrive over all of a course by themselves, and then miss some of its rates
+        each_s = self.lasts_s / (at_s[-1] + 1) if self.lasts_s else 1 / per_s
+        return [one * each_s for one in at_s]
 
     def per_s(self, prefill_s_per_token: float, mean_tokens: float) -> float:
         """Return how many requests arrive in a second; 0: each waits for the one before."""

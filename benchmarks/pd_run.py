@@ -129,7 +129,10 @@ class Run:
         # at one a second in the mean, then as many as the machine can do now
         made = pd_load.schedule(self._documents, count, 1.0, seed=1 + number)
         per_s = condition.per_s(prefill_s, sum(len(r.prompt) for r in made) / count)
-        return [replace(r, at_s=r.at_s / per_s if per_s else 0.0) for r in made], per_s
+        if condition.lasts_s:
+            per_s = count / condition.lasts_s
+        arrivals_s = condition.arrivals_s([r.at_s for r in made], per_s)
+        return [replace(r, at_s=at_s) for r, at_s in zip(made, arrivals_s, strict=True)], per_s
 
     def turn(
         self,

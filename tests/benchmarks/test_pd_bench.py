@@ -102,6 +102,15 @@ def test_a_round_lasts_no_longer_than_it_may(prefill_s: float, requests: int) ->
     assert replace(condition, lasts_s=0.0).count(prefill_s, 900.0) == 12
 
 
+def test_requests_arrive_over_all_of_a_course() -> None:
+    """A round that lasts as long as a course ends a mean gap after its last request; others go by the rate alone."""
+    at_s = [0.0, 1.0, 5.0]
+    course_s = replace(CONDITION, load=0.3, lasts_s=24.0).arrivals_s(at_s, 0.5)
+    assert course_s == [0.0, 4.0, 20.0]
+    assert replace(CONDITION, load=0.3).arrivals_s(at_s, 0.5) == [0.0, 2.0, 10.0]
+    assert CONDITION.arrivals_s(at_s, 0.0) == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("minutes", [6.0, 14.0, 25.0])
 def test_the_time_decides_how_much_is_compared_but_not_what(minutes: float) -> None:
     """Links and policies are the same whatever the time, rounds have fewer requests, and all ends in time."""
