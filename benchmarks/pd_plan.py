@@ -223,7 +223,6 @@ def _quick() -> tuple[Condition, ...]:
             lasts_s=COURSE_S / 2,
             load=LOAD,
         ),
-        Condition(name=OVERLAP, policies=(HIDING,), requests=LEAST, mbit=100.0),
     )
 
 
