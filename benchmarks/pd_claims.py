@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from pd_pairs import (
     HOLDS,
+    LEAST_ROUNDS,
     RESAMPLES,
     UNCLEAR,
     Estimate,
@@ -113,7 +114,7 @@ def less_loss(group: Mapping[str, Row], losses_bp: Mapping[str, float]) -> Estim
     ]
     whole = [(loss_bp, [pair for part in both for pair in part]) for loss_bp, both in kept]
     value = _less(whole, [loss_bp for part in used for loss_bp in part] or [0.0])
-    return made(value, draws, ours["requests"])
+    return made(value, draws if len(used) >= LEAST_ROUNDS else [], ours["requests"])
 
 
 def hidden(group: Mapping[str, Row]) -> Estimate | None:
@@ -166,7 +167,9 @@ def _regime(raw: Row, ours: Row) -> Claim:
         f"paper's regime, raw transfers {times:.1f} times as long as their prefills:"
         " JCT of a request, raw over KVServe"
     )
-    found = _claim(text, estimate(pairs(raw, ours), median_ratio), TIMES_RAW)
+    # one round: raw transfers that begin anew would not wait for each other
+    ratio = estimate(pairs(raw, ours), median_ratio, least_rounds=1)
+    found = _claim(text, ratio, TIMES_RAW)
     if times < REGIME:
         found |= {"verdict": UNCLEAR, "holds": False}
     return found | {"link_over_prefill": times}

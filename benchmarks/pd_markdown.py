@@ -90,11 +90,10 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
             made.append(f"{row['condition']}, `{row['policy']}`: {used}.")
     behind = document["overlap"]
     if behind is not None:
-        first, prefill = behind["ttft_times"], behind["prefill_times"]
+        first, prefill = (_surely(behind[f"{name}_times"]) for name in ("ttft", "prefill"))
         made.append(
-            f"100 Mbit/s: pulled while the prefill goes on, the first token comes after {number(first['value'])}"
-            f" ({interval(first, number)}) of the time of pulling afterwards, and the prefill takes"
-            f" {number(prefill['value'])} ({interval(prefill, number)}) times as long."
+            f"100 Mbit/s: pulled while the prefill goes on, the first token comes after {first} of the time of pulling"
+            f" afterwards, and the prefill takes {prefill} times as long."
         )
     error = document["modelled"]["measured_over_modelled"]
     if error is not None:
@@ -124,6 +123,12 @@ def number(value: float) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
+def _surely(times: Mapping[str, Any]) -> str:
+    """Return a figure and, if it has one, its interval."""
+    known = interval(times, number)
+    return number(times["value"]) + (f" ({known})" if known else "")
+
+
 def _wanted(target: str) -> str:
     sign, bound = target.split()
     return f"{SIGNS.get(sign, sign)} {bound.removeprefix('0')}"
@@ -131,7 +136,7 @@ def _wanted(target: str) -> str:
 
 def _link(row: Mapping[str, Any]) -> str:
     mbit = row["bandwidth_mbit"]
-    rate = "unshaped" if mbit is None else f"{mbit:.3g} Mbit/s"
+    rate = "unshaped" if mbit is None else f"{round(mbit, 1):g} Mbit/s"
     return {
         ONE_BY_ONE: f"{rate}, one by one",
         OVERLAP: f"{rate}, one by one",

@@ -12,6 +12,8 @@ RESAMPLES: Final = 2000
 CONFIDENCE: Final = 0.9
 LEAST_ITEMS: Final = 5
 """Fewer tell no interval: all of four can lie on one side of the median by chance once in eight times."""
+LEAST_ROUNDS: Final = 3
+"""Fewer do not show what changes from one to the next."""
 HOLDS: Final = "holds"
 MISSED: Final = "missed"
 UNCLEAR: Final = "unclear"
@@ -65,13 +67,17 @@ def resampled(rounds: Sequence[Sequence[Item]], dice: random.Random) -> list[Ite
 
 
 def estimate(
-    rounds: Sequence[Sequence[Item]], statistic: Callable[[Sequence[Item]], float]
+    rounds: Sequence[Sequence[Item]],
+    statistic: Callable[[Sequence[Item]], float],
+    *,
+    least_rounds: int = LEAST_ROUNDS,
 ) -> Estimate:
     """Return a statistic of all items, with its bootstrap interval; NaN of nothing.
 
     Args:
         rounds: Items by the round in which they were measured.
         statistic: Of items, at least one.
+        least_rounds: Of fewer there is no interval.
     """
     filled = [one for one in rounds if one]
     items = [item for one in filled for item in one]
@@ -79,7 +85,8 @@ def estimate(
         return Estimate(value=math.nan, low=math.nan, high=math.nan, items=0)
     dice = random.Random(1)
     draws = [statistic(resampled(filled, dice)) for _ in range(RESAMPLES)]
-    return made(statistic(items), draws, len(items))
+    known = len(filled) >= least_rounds
+    return made(statistic(items), draws if known else [], len(items))
 
 
 def made(value: float, draws: Sequence[float], items: int) -> Estimate:
@@ -87,10 +94,10 @@ def made(value: float, draws: Sequence[float], items: int) -> Estimate:
 
     Args:
         value: Of what was measured.
-        draws: Of resamples.
+        draws: Of resamples; none if these tell nothing.
         items: Of how many it is made.
     """
-    if items < LEAST_ITEMS:
+    if items < LEAST_ITEMS or not draws:
         return Estimate(value=value, low=math.nan, high=math.nan, items=items)
     tail = 50 * (1 - CONFIDENCE)
     # no interpolation: between a number and infinity there is nothing

@@ -173,7 +173,7 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         policies=(HIDING + LATE, HIDING),
         requests=scaled(3),
         rounds=6,
-        ends=0.25,
+        ends=0.28,
     )
     rates = (
         Condition(

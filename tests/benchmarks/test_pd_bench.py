@@ -253,11 +253,11 @@ def test_less_loss_is_counted_at_equal_attainment(
 ) -> None:
     """Only fixed profiles that keep the objective at least as often count, over the requests that both had."""
     group = {
-        name: row(name, *[LATE] * late, *[IN_TIME] * (6 - late), loss_bp=loss_bp)
+        name: row(name, *[LATE] * late, *[IN_TIME] * (6 - late), rounds=3, loss_bp=loss_bp)
         for name, late, loss_bp in fixed
     }
     late, profile = ours
-    quality = row(KVSERVE_QUALITY, *[LATE] * late, *[IN_TIME] * (12 - late), rounds=2)
+    quality = row(KVSERVE_QUALITY, *[LATE] * late, *[IN_TIME] * (12 - late), rounds=6)
     for part in quality["rounds"]:
         part["profiles"] = {profile: part["requests"]}
     found = pd_claims.less_loss(group | {KVSERVE_QUALITY: quality}, QUALITY)
@@ -272,15 +272,16 @@ def test_claims_hold_or_are_missed_by_what_was_measured() -> None:
     rows = [
         row(RAW, *[30.0] * 8, name=PAPERS_REGIME, link_s=12.0, prefills_s=1.0),
         row(KVSERVE, *[3.0] * 8, name=PAPERS_REGIME),
-        row(RAW, *[9.0] * 8),
-        row("joint-3", *[2.0] * 8),
-        row(KVSERVE, *[2.1] * 8),
-        row(ALONE, *ones, name=ONE_BY_ONE),
-        row(RAW, *(1.04 * s for s in ones), name=ONE_BY_ONE),
+        row(RAW, *[9.0] * 8, rounds=4),
+        row("joint-3", *[2.0] * 8, rounds=4),
+        row(KVSERVE, *[2.1] * 8, rounds=4),
+        row(ALONE, *ones, name=ONE_BY_ONE, rounds=4),
+        row(RAW, *(1.04 * s for s in ones), name=ONE_BY_ONE, rounds=4),
         row(
             KVSERVE,
             *(1.04 * s * f for s, f in zip(ones, [0.9, 1.1] * 4, strict=True)),
             name=ONE_BY_ONE,
+            rounds=4,
         ),
     ]
     found = pd_claims.claims(rows, [], {})

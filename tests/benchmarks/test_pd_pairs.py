@@ -25,7 +25,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
     covered = 0
     for _ in range(60):
-        found = estimate([[dice.gauss(5.0, 1.0) for _ in range(40)]], mean)
+        found = estimate([[dice.gauss(5.0, 1.0) for _ in range(40)]], mean, least_rounds=1)
         covered += found.low <= 5.0 <= found.high
     assert 48 <= covered <= 59
 
@@ -58,9 +58,17 @@ def test_few_items_have_no_interval() -> None:
     assert math.isnan(estimate([], max).value)
 
 
+def test_few_rounds_have_no_interval() -> None:
+    """Two do not show what changes from one to the next, unless nobody asks."""
+    rounds = [[1.0] * 9, [2.0] * 9]
+    assert math.isnan(estimate(rounds, max).low)
+    assert estimate([*rounds, [3.0] * 9], max).high == 3.0
+    assert estimate(rounds, max, least_rounds=1).high == 2.0
+
+
 def test_infinite_draws_have_an_interval() -> None:
     """Where resamples are infinite the interval ends there."""
-    found = estimate([[1.0, 1.0, 1.0, math.inf, math.inf, math.inf]], max)
+    found = estimate([[1.0, math.inf]] * 3, max)
     assert (found.value, found.high) == (math.inf, math.inf)
 
 
