@@ -31,6 +31,8 @@ FORGET_S: Final = 20.0
 """After so long without a sample that surely was the link's, it may be twice as fast as it has shown since then."""
 BURST_BYTES: Final = 128 << 10
 """What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
+SCATTER: Final = 1 / 8
+"""So much more than is thought of it, in shares, a link that never rests must show to be thought faster."""
 MAX_LINKS: Final = 256
 
 
@@ -171,9 +173,11 @@ class LinkState:
         self._slack_s += min(looked_s, SLACK_S)
         if not acked:
             return
-        # a bucket that fills at the link's rate: chunks that each fit into it do not all fit if they come one by one
+        # a bucket that fills at the link's rate while that rests: chunks that each fit into it do not all fit if they
+        # come one by one, and what is sent without pause passes as it comes
         if self._goodput is not None:
-            self._allowed_bytes += max(0.0, time_s - self._seen_s) * self._goodput.bytes_per_s
+            idle_s = time_s - self._seen_s - (1 - SCATTER) * looked_s
+            self._allowed_bytes += max(0.0, idle_s) * self._goodput.bytes_per_s
         if self._goodput is None or self._allowed_bytes > BURST_BYTES:
             self._allowed_bytes = float(BURST_BYTES)
         self._seen_s = time_s

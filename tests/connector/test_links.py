@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from kvserve_api.latency import Link
-from kvserve_connector.links import BURST_BYTES, MAX_LINKS, LinkBook, LinkState
+from kvserve_connector.links import BURST_BYTES, MAX_LINKS, SCATTER, LinkBook, LinkState
 from kvserve_connector.promises import Promise
 from kvserve_connector.tcp_account import TcpProgress
 
@@ -189,6 +189,18 @@ def test_bursts_of_a_slow_link_leave_it_slow(monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(8):
             known = watched.send(105_000, 0.042, wall_s=0.042)
             assert 2.0 * MB < known < 3.0 * MB
+
+
+@pytest.mark.parametrize("chunk_bytes", [60_000, 182_000, 700_000])
+def test_what_is_sent_without_pause_shows_the_whole_rate(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    """Chunks one after the other at 20 Mbit/s are 20 Mbit/s: nothing of it is a burst of a link that never rests."""
+    watched = Watched(monkeypatch)
+    for _ in range(30):
+        busy_s = chunk_bytes / (2.5 * MB)
+        known = watched.send(chunk_bytes, busy_s, wall_s=busy_s)
+    assert (1 - SCATTER) * 2.5 * MB < known < 1.05 * 2.5 * MB
 
 
 def test_what_was_contradicted_long_ago_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
