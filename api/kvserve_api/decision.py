@@ -19,13 +19,15 @@ class Decision(NamedTuple):
         version: Of the table that decided.
         peer: Address of the consumer.
         workload: The workload class.
-        native_bytes: Native KV bytes of the transfer.
-        chunks: Into how many chunks it was planned to be cut.
+        native_bytes: Native KV bytes of the transfer, or of the rest for which it was chosen.
+        chunks: Into how many chunks that was planned to be cut.
         link: The link as it was known.
         candidates: What could be chosen: those of the class that the consumer can decode.
         incumbent: The profile in use before; empty if none.
         allowance_s: What trying out might cost, in seconds.
         selection: What was chosen, and why.
+        spent_s: Seconds of the deadline that had passed, where it was chosen for the rest of a transfer.
+        before_bytes_per_s: The goodput for which the transfer had been chosen before; 0 if it had not begun.
     """
 
     wall_s: float
@@ -39,6 +41,8 @@ class Decision(NamedTuple):
     incumbent: str
     allowance_s: float
     selection: Selection
+    spent_s: float = 0.0
+    before_bytes_per_s: float = 0.0
 
 
 class Verdict(StrEnum):
@@ -121,7 +125,7 @@ def weigh(table: DecisionTable, decision: Decision) -> tuple[Weighed, ...]:
             verdict = Verdict.NOT_ASKED
         elif prediction.utilisation > MOST_UTILISATION:
             verdict = Verdict.OVERLOADED
-        elif percentile_s > rule.deadline_s:
+        elif percentile_s > rule.deadline_s - decision.spent_s:
             verdict = Verdict.LATE
         else:
             verdict = Verdict.WORSE
@@ -196,6 +200,8 @@ def explained(table: DecisionTable | None, decision: Decision) -> dict[str, Any]
         },
         "incumbent": decision.incumbent or None,
         "allowance_s": decision.allowance_s,
+        "spent_s": decision.spent_s,
+        "before_bytes_per_s": decision.before_bytes_per_s or None,
         "profile": selection.profile,
         "wanted": selection.wanted,
         "bound": selection.bound.value,

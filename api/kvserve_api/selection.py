@@ -96,8 +96,9 @@ def select(
     decodable: frozenset[str] | None = None,
     incumbent: str | None = None,
     allowance_s: float = 0.0,
+    spent_s: float = 0.0,
 ) -> Selection:
-    """Choose a profile for one transfer.
+    """Choose a profile for one transfer, or for what is left of it.
 
     The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile,
     for which only what comes after the prefill's end counts, and keep every queue finite at the present load, the best
@@ -110,13 +111,14 @@ def select(
     Args:
         table: The last acknowledged table.
         workload_class: The request's class.
-        native_bytes: Native KV bytes of the transfer, at least 1.
+        native_bytes: Native KV bytes of the transfer, or of what is left of it, at least 1.
         link: The link as known now.
-        chunks: Into how many chunks the transfer is cut.
+        chunks: Into how many chunks that is cut.
         expired: The table's time to live has passed and the table says to revert then.
-        decodable: Digests of the strategies that the consumer can decode; None if all.
+        decodable: Digests of the strategies that can be used, because the consumer can decode them; None if all.
         incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis.
         allowance_s: What trying out another candidate may be expected to cost now, in seconds; 0 tries nothing.
+        spent_s: Seconds of the deadline that have passed already.
     """
     mode = table.mode
     if mode is _OFF_MODE:
@@ -156,7 +158,7 @@ def select(
 
     by_time = rule.goal is _LATENCY
     # the deadline is of what comes after the prefill's end
-    limit_s = deadline_s = rule.deadline_s + hidden_s
+    limit_s = deadline_s = rule.deadline_s + hidden_s - spent_s
     if not by_time and incumbent is not None and deadline_s < _INFINITY:
         limit_s = deadline_s / (1 + table.hysteresis)
     exploring = (

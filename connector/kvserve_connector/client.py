@@ -23,7 +23,7 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Receiver, TcpReceiver
 from kvserve_connector.chunks import check_form
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.commands import MAX_RENEWED, Pull, Release, Renew
+from kvserve_connector.commands import MAX_RENEWED, PARTS, Pull, Release, Renew
 from kvserve_connector.config import NIXL, ConnectorConfig
 from kvserve_connector.connections import Connections
 from kvserve_connector.frames import FrameSocket
@@ -86,7 +86,7 @@ class TransferClient:
     ) -> None:
         self._config = config
         self._form = cache.form
-        self._stages = stages
+        self._wishes = stages | {PARTS}
         self._bundles = bundles
         self._report = report
         self._intake = Intake(ChunkCoder(cache.form, bundles.find), cache, coders)
@@ -258,7 +258,7 @@ class TransferClient:
             fingerprint=self._form.fingerprint,
             layout=self._form.layout,
             blocks=self._form.blocks,
-            stages=self._stages,
+            stages=self._wishes,
             bundles=self._bundles.ready,
             budget_s=left_s,
             traceparent=tracing.traceparent(),

@@ -76,4 +76,7 @@ def report_message(outcome: Outcome) -> pb.TransferReport:
     if end is not None:
         report.encode_s = end.encode_s
         report.goodput_bytes_per_s = end.goodput_bytes_per_s
+        if end.parts:
+            total = sum(part.native_bytes for part in end.parts.values())
+            report.shares.update({n: part.native_bytes / total for n, part in end.parts.items()})
     return report

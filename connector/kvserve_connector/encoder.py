@@ -37,11 +37,13 @@ class Coded(NamedTuple):
         place: Where in the plan it is.
         blob: Its bytes.
         encode_s: Seconds that coding it took.
+        pipeline: The strategy.
     """
 
     place: int
     blob: memoryview
     encode_s: float
+    pipeline: Pipeline
 
 
 _NOTHING: Final[Mapping[int, Coded]] = {}
@@ -64,7 +66,7 @@ class Encoder:
     def encoded(
         self,
         claim: Claim,
-        pipeline: Pipeline,
+        pipeline: Callable[[int], Pipeline],
         chunks: Sequence[Chunk],
         patience: Patience,
         ready: Mapping[int, Coded] = _NOTHING,
@@ -75,10 +77,10 @@ class Encoder:
 
         Args:
             claim: The prefill.
-            pipeline: The strategy.
+            pipeline: Returns the strategy of a place in the plan; asked when its coding begins.
             chunks: The plan.
             patience: Waits for what can't be read or is not coded yet.
-            ready: What was coded before, by its place in the plan.
+            ready: What was coded before, by its place in the plan; passed over where another strategy is to be used.
 
         Raises:
             TransferError: The prefill was aborted.
@@ -90,7 +92,8 @@ class Encoder:
             while waiting or ahead:
                 while len(ahead) < AHEAD and (index := _next(claim, chunks, waiting)) is not None:
                     waiting.remove(index)
-                    ahead.append((index, self._begin(claim, pipeline, index, chunks[index], ready)))
+                    future = self._begin(claim, pipeline(index), index, chunks[index], ready)
+                    ahead.append((index, future))
                 if not ahead:
                     patience.wait(lambda: _next(claim, chunks, waiting) is not None)
                     continue
@@ -118,7 +121,8 @@ class Encoder:
         chunk: Chunk,
         ready: Mapping[int, Coded],
     ) -> Future[Coded | None]:
-        if (coded := ready.get(place)) is None:
+        coded = ready.get(place)
+        if coded is None or coded.pipeline is not pipeline:
             return self._threads.submit(self._encode, claim, pipeline, place, chunk)
         done: Future[Coded | None] = Future()
         done.set_result(coded)
@@ -137,7 +141,7 @@ class Encoder:
         part = self._cache.form.parts[chunk.part]
         after = 0 if part.whole_blocks else claim.prefill.tokens - chunk.tokens.stop
         blob = self._coder.encode(pipeline, chunk, keys, values, tokens_after=after)
-        return Coded(index, blob, time.perf_counter() - start_s)
+        return Coded(index, blob, time.perf_counter() - start_s, pipeline)
 
 
 def _next(claim: Claim, chunks: Sequence[Chunk], waiting: Collection[int]) -> int | None:

@@ -110,6 +110,12 @@ class LinkState:
         link.hidden_s = hidden_s
         return link
 
+    @property
+    def goodput_bytes_per_s(self) -> float | None:
+        """What was learnt so far, without another look; None before anything was."""
+        goodput = self._goodput
+        return None if goodput is None else goodput.bytes_per_s
+
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:
         """Take note of bytes, and of the seconds to decode them, that were promised or (negative) are on their way."""
         with self._lock:

@@ -32,6 +32,7 @@ from kvserve_api.telemetry import (
     TRANSFER_WIRE_BYTES,
 )
 from kvserve_connector.outcome import Outcome
+from kvserve_connector.replies import Part
 from kvserve_connector.selector import Selector
 
 ROW: Final = (
@@ -135,24 +136,23 @@ class Metrics:
             1, {ATTR_PROFILE: selection.profile, ATTR_BOUND: selection.bound.value}
         )
 
-    def sent(
-        self, profile: str, native_bytes: int, wire_bytes: int, encode_s: float, transport: str
-    ) -> None:
-        """Count a transfer that was sent whole."""
-        self._count("send", profile, native_bytes, wire_bytes, {"encode": encode_s})
+    def sent(self, parts: Mapping[str, Part], transport: str) -> None:
+        """Count a transfer that was sent whole, once for each profile that coded some of it."""
+        for profile, part in parts.items():
+            self._count(
+                "send", profile, part.native_bytes, part.wire_bytes, {"encode": part.encode_s}
+            )
         with self._lock:
             add_count(self._totals, "transports", f"send {transport}")
 
     def received(self, outcome: Outcome) -> None:
-        """Count a transfer that ended here, well or badly."""
+        """Count a transfer that ended here, well or badly; several profiles' times are split by native bytes."""
         if outcome.failure or outcome.accept is None:
             self.failed("receive", outcome.failure)
             return
-        self._count(
+        self._split(
             "receive",
-            outcome.accept.profile,
-            outcome.native_bytes,
-            outcome.wire_bytes,
+            {name: (part.native_bytes, part.wire_bytes) for name, part in outcome.parts.items()},
             {
                 "wire": outcome.wire_s,
                 "decode": outcome.decode_s,
@@ -220,12 +220,20 @@ class Metrics:
             stages_s: Seconds of each stage; they are split by native bytes.
             failure: Empty, or why the rest did not come about.
         """
+        self._split(direction, profiles, stages_s)
+        if failure:
+            self.failed(direction, failure)
+
+    def _split(
+        self,
+        direction: str,
+        profiles: Mapping[str, tuple[int, int]],
+        stages_s: Mapping[str, float],
+    ) -> None:
         total = sum(native_bytes for native_bytes, _ in profiles.values())
         for profile, (native_bytes, wire_bytes) in profiles.items():
             parts_s = {name: value * native_bytes / total for name, value in stages_s.items()}
             self._count(direction, profile, native_bytes, wire_bytes, parts_s)
-        if failure:
-            self.failed(direction, failure)
 
     def _count(
         self,

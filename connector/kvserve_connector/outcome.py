@@ -1,10 +1,11 @@
 """How one transfer went, as its consumer saw it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvserve_connector.config import TCP
 from kvserve_connector.handover import Load
-from kvserve_connector.replies import Accept, End
+from kvserve_connector.replies import Accept, End, Part
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,3 +39,12 @@ class Outcome:
     transport: str = TCP
     failure: str = ""
     detail: str = ""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """What each profile coded; nothing before there was a promise."""
+        if self.accept is None:
+            return {}
+        if self.end is not None and self.end.parts:
+            return self.end.parts
+        return {self.accept.profile: Part(self.native_bytes, self.wire_bytes)}

@@ -13,9 +13,9 @@ class Promise:
     Attributes:
         link: The link.
         coders: What encodes.
-        wire_bytes: Expected on the wire.
-        encode_s: Expected of encoding, in seconds of one thread.
-        decode_s: Expected of decoding, in seconds of one thread.
+        wire_bytes: Expected on the wire, of the whole transfer.
+        encode_s: Expected of encoding it, in seconds of one thread.
+        decode_s: Expected of decoding it, in seconds of one thread.
         left: Share of the transfer that is still to be done.
     """
 
@@ -26,12 +26,12 @@ class Promise:
     decode_s: float
     left: float = 0.0
 
-    def make(self) -> None:
-        """Promise the whole transfer."""
-        self._add(1.0)
+    def make(self, share: float = 1.0) -> None:
+        """Promise a share of the transfer, by default all of it."""
+        self._add(share)
 
     def keep(self, share: float) -> None:
-        """A share of the transfer is done."""
+        """A share of the transfer is done, or not to be done as promised."""
         self._add(-min(share, self.left))
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from kvserve_api.errors import (
@@ -27,18 +28,20 @@ from kvserve_connector.ahead import Ahead
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Sender, TcpSender
-from kvserve_connector.chunks import Chunk, plan_ahead, plan_form
+from kvserve_connector.chunks import Chunk
 from kvserve_connector.claims import Claim
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.commands import Pull
 from kvserve_connector.config import NIXL, ConnectorConfig
+from kvserve_connector.course import Course, Rest
+from kvserve_connector.cutting import Cutter
 from kvserve_connector.encoder import Coded, Encoder
 from kvserve_connector.frames import FrameSocket
 from kvserve_connector.leases import SENT, LeaseBook
 from kvserve_connector.links import LinkBook, LinkState
 from kvserve_connector.metrics import Metrics
+from kvserve_connector.midway import by_merit, follows
 from kvserve_connector.patience import Patience
-from kvserve_connector.promises import Promise
 from kvserve_connector.protocol import Kind
 from kvserve_connector.replies import Accept, End, Refuse
 from kvserve_connector.selector import Choice, Selector
@@ -89,7 +92,7 @@ class Pulls:
         self._selector = selector
         self._links = links
         self._metrics = metrics
-        self._step_tokens = step_tokens
+        self._cutter = Cutter(cache.form, config.chunk_layers, step_tokens)
         self._closed = False
         self._last: tuple[str, Pull] | None = None
         self._encoder = Encoder(cache, ChunkCoder(cache.form, bundles.find), coders)
@@ -187,7 +190,7 @@ class Pulls:
         native_bytes = form.native_bytes(pull.tokens)
         # chosen when the work begins: until then it is not in the way of others
         patience.wait(lambda: claim.computed is not None)
-        chunks = self._plan(pull, claim, 1)
+        chunks = self._cutter.plan(pull.tokens, kept=claim.kept)
         self._last = (peer, pull)
         link = self._links.link(peer)
         coders = self._links.coders
@@ -195,9 +198,9 @@ class Pulls:
         choice = self._choose(peer, pull, claim, len(chunks))
         for arrivals in (link.arrivals, coders.arrivals):
             arrivals.add(time.monotonic(), native_bytes)
-        if choice.pipeline.layer_step > 1:
-            multiple = choice.pipeline.layer_step
-            chunks = self._plan(pull, claim, multiple)
+        multiple = self._layer_multiple(choice, pull, claim)
+        if multiple > 1:
+            chunks = self._cutter.plan(pull.tokens, kept=claim.kept, layer_multiple=multiple)
         ready: Mapping[int, Coded] = {}
         if self._ahead is not None:
             name = claim.prefill.request_id
@@ -205,37 +208,26 @@ class Pulls:
             if stock is not None:
                 chunks, ready = tuple(stock.chunks), stock.coded
         self._metrics.selected(choice.selection)
-        promise = Promise(
-            link=link,
-            coders=coders,
-            wire_bytes=native_bytes / choice.ratio,
-            encode_s=choice.encode.seconds(native_bytes),
-            decode_s=choice.decode.seconds(native_bytes),
+        course = Course(
+            choice,
+            chunks,
+            [chunk.native_bytes(form.parts[chunk.part].layout) for chunk in chunks],
+            link,
+            coders,
+            self._selector.prior_bytes_per_s,
+            partial(self._choose_rest, peer, pull, claim, patience) if pull.takes_parts else None,
         )
-        promise.make()
         sender = self._sender(frames, pull, link)
         try:
-            self._stream(frames, pull, claim, choice, chunks, promise, patience, ready, sender)
+            self._stream(frames, pull, claim, choice, chunks, course, patience, ready, sender)
         finally:
             sender.close()
-            promise.end()
+            course.end()
 
     def _sender(self, frames: FrameSocket, pull: Pull, link: LinkState) -> Sender:
         if self.staging is not None and pull.nixl:
             return StagedSender(frames, link, self.staging, self._config.stall_s)
         return TcpSender(frames, link)
-
-    def _plan(self, pull: Pull, claim: Claim, layer_multiple: int) -> tuple[Chunk, ...]:
-        layers = self._config.chunk_layers
-        if claim.kept or self._form.opaque is not None:
-            return plan_form(self._form, pull.tokens, layers, layer_multiple=layer_multiple)
-        return plan_ahead(
-            self._form,
-            pull.tokens,
-            layers,
-            layer_multiple=layer_multiple,
-            step_tokens=self._step_tokens,
-        )
 
     def _choose(
         self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
@@ -254,17 +246,55 @@ class Pulls:
             guess=guess,
         )
 
+    def _choose_rest(
+        self, peer: str, pull: Pull, claim: Claim, patience: Patience, rest: Rest
+    ) -> Choice | None:
+        """Choose again for what nobody has begun to code; see `kvserve_connector.midway`."""
+        known = self._links.link(peer).snapshot(
+            self._selector.prior_bytes_per_s,
+            self._links.coders,
+            pull.decode_delays,
+            hidden_s=claim.left_s,
+        )
+        layers = [part.layout.layers for part in self._form.parts]
+        return self._selector.choose_rest(
+            claim.prefill.workload,
+            before=rest.before,
+            before_bytes_per_s=rest.before_bytes_per_s,
+            native_bytes=rest.native_bytes,
+            link=known,
+            chunks=len(rest.chunks),
+            follows=lambda pipeline: follows(pipeline.layer_step, layers, rest.chunks),
+            # the deadline begins when the prefill has ended and is asked for
+            spent_s=min(claim.since_end_s, patience.spent_s),
+            stages=pull.stages,
+            bundles=pull.bundles,
+            peer=peer,
+        )
+
+    def _layer_multiple(self, choice: Choice, pull: Pull, claim: Claim) -> int:
+        """Return of how many layers chunks are multiples: so that the rest can be coded otherwise, if it may be."""
+        own = choice.pipeline.layer_step
+        if not (pull.takes_parts and by_merit(choice.selection)):
+            return own
+        steps = self._selector.layer_steps(claim.prefill.workload, pull.stages, pull.bundles)
+        return self._cutter.multiple(own, steps, kept=claim.kept)
+
     def _plan_ahead(self, claim: Claim) -> tuple[Pipeline, tuple[Chunk, ...]] | None:
         """Plan for a prefill nobody has asked for as for a consumer like the last one; not before there was one."""
         if self._last is None:
             return None
         peer, last = self._last
         wish = replace(last, tokens=range(claim.prefill.tokens))
-        choice = self._choose(peer, wish, claim, len(self._plan(wish, claim, 1)), guess=True)
+        chunks = self._cutter.plan(wish.tokens, kept=claim.kept)
+        choice = self._choose(peer, wish, claim, len(chunks), guess=True)
         if choice.selection.profile == NONE:
             # a copy is not worth its memory
             return None
-        return choice.pipeline, self._plan(wish, claim, choice.pipeline.layer_step)
+        multiple = self._layer_multiple(choice, wish, claim)
+        return choice.pipeline, self._cutter.plan(
+            wish.tokens, kept=claim.kept, layer_multiple=multiple
+        )
 
     def _stream(
         self,
@@ -273,13 +303,12 @@ class Pulls:
         claim: Claim,
         choice: Choice,
         chunks: tuple[Chunk, ...],
-        promise: Promise,
+        course: Course,
         patience: Patience,
         ready: Mapping[int, Coded],
         sender: Sender,
     ) -> None:
         selection = choice.selection
-        link = promise.link
         frames.send(
             Accept(
                 profile=selection.profile,
@@ -293,24 +322,22 @@ class Pulls:
                 nixl=sender.offer,
             ).pack()
         )
-        wire_bytes = 0
-        encode_s = 0.0
         started_ns = time.time_ns()
-        encoded = self._encoder.encoded(claim, choice.pipeline, chunks, patience, ready)
+        encoded = self._encoder.encoded(claim, course.pipeline, chunks, patience, ready)
         try:
-            for index, blob, seconds in encoded:
-                sender.send(blob, index)
-                promise.keep(1 / len(chunks))
-                if selection.profile != NONE:
-                    promise.coders.observe(seconds, promise.encode_s, 1 / len(chunks))
-                wire_bytes += len(blob)
-                encode_s += seconds
+            for coded in encoded:
+                sender.send(coded.blob, coded.place)
+                course.sent(coded)
             sender.finish()
         finally:
             # waits for chunks that are still being coded: after this nobody reads the lease's blocks
             encoded.close()
-        known = link.snapshot(self._selector.prior_bytes_per_s, promise.coders)
-        end = End(encode_s=encode_s, goodput_bytes_per_s=known.bytes_per_s)
+        parts = course.parts
+        end = End(
+            encode_s=sum(part.encode_s for part in parts.values()),
+            goodput_bytes_per_s=course.link.snapshot(self._selector.prior_bytes_per_s).bytes_per_s,
+            parts=parts if len(parts) > 1 else {},
+        )
         if pull.transfer:
             end = replace(
                 end,
@@ -324,17 +351,16 @@ class Pulls:
         done = frames.receive_header()
         if done.kind != Kind.DONE or done.length != 0:
             raise WireError(WireReason.MALFORMED, f"expected DONE, got {done.kind.name}")
-        native_bytes = self._form.native_bytes(pull.tokens)
-        self._metrics.sent(selection.profile, native_bytes, wire_bytes, encode_s, sender.name)
+        self._metrics.sent(parts, sender.name)
         tracing.past_span(
             SPAN_ENCODE,
             pull.traceparent,
             started_ns,
-            started_ns + int(encode_s * 1e9),
+            started_ns + int(end.encode_s * 1e9),
             {
                 ATTR_PROFILE: selection.profile,
                 ATTR_BOUND: selection.bound.value,
-                ATTR_NATIVE_BYTES: native_bytes,
-                ATTR_WIRE_BYTES: wire_bytes,
+                ATTR_NATIVE_BYTES: sum(part.native_bytes for part in parts.values()),
+                ATTR_WIRE_BYTES: sum(part.wire_bytes for part in parts.values()),
             },
         )

@@ -1,7 +1,8 @@
 """What a producer answers: ACCEPT, END and REFUSE; see `kvserve_connector.protocol`."""
 
-from dataclasses import dataclass
-from typing import Final, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Self
 
 from kvserve_api.errors import (
     KVServeError,
@@ -19,6 +20,22 @@ from kvserve_connector.pieces import Offer
 from kvserve_connector.protocol import Kind, pack_message, read_fields
 
 MAX_CHUNKS: Final = 8192
+MAX_PARTS: Final = 16
+MAX_PART_BYTES: Final = 1 << 50
+
+
+class Part(NamedTuple):
+    """What one profile coded of a transfer.
+
+    Attributes:
+        native_bytes: Native KV bytes.
+        wire_bytes: Bytes of its chunks.
+        encode_s: Seconds of encoding them, where the producer counts them.
+    """
+
+    native_bytes: int
+    wire_bytes: int
+    encode_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +114,7 @@ class End:
         waited_s: Seconds in which nothing was to be sent, because the prefill was not so far.
         model_s: As in `Accept`, of a prefill that had not ended then.
         prefill_s: Seconds from the PULL's arrival to the end of that prefill, or to this message if it comes first.
+        parts: By profile, where several coded it; without their seconds.
     """
 
     encode_s: float
@@ -104,14 +122,22 @@ class End:
     waited_s: float = 0.0
     model_s: float = 0.0
     prefill_s: float = 0.0
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """Return the frame."""
-        value = {"encode_s": self.encode_s, "goodput_bytes_per_s": self.goodput_bytes_per_s}
+        value: dict[str, Any] = {
+            "encode_s": self.encode_s,
+            "goodput_bytes_per_s": self.goodput_bytes_per_s,
+        }
         if self.waited_s or self.model_s:
             value |= {"waited_s": self.waited_s, "model_s": self.model_s}
         if self.prefill_s:
             value["prefill_s"] = self.prefill_s
+        if self.parts:
+            value["parts"] = {
+                name: [part.native_bytes, part.wire_bytes] for name, part in self.parts.items()
+            }
         return pack_message(Kind.END, value)
 
     @classmethod
@@ -125,6 +151,7 @@ class End:
                 waited_s=fields.number("waited_s", 0.0, minimum=0),
                 model_s=fields.number("model_s", 0.0, minimum=0),
                 prefill_s=fields.number("prefill_s", 0.0, minimum=0),
+                parts=_parts(fields.mapping("parts", {})),
             )
             fields.done()
         except SpecError as error:
@@ -163,6 +190,22 @@ class Refuse:
         except SpecError as error:
             raise WireError(WireReason.MALFORMED, f"REFUSE: {error}") from error
         return refuse
+
+
+def _parts(value: dict[str, Any]) -> dict[str, Part]:
+    if len(value) > MAX_PARTS:
+        raise SpecError("parts", f"must be at most {MAX_PARTS}, got {len(value)}")
+    parts = {}
+    for name, pair in value.items():
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            # a bool is an int to isinstance
+            and all(type(count) is int and 0 < count <= MAX_PART_BYTES for count in pair)
+        ):
+            raise SpecError("parts", f"must be two numbers of bytes each, got {pair!r}")
+        parts[_name(name, "parts")] = Part(*pair)
+    return parts
 
 
 def _name(value: str, where: str) -> str:

@@ -15,11 +15,13 @@ from typing import Final, NamedTuple, TypeAlias
 from kvserve_api.decision import Decision
 from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link, StageCost
+from kvserve_api.policy import Mode
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE
 from kvserve_api.selection import RAW, Bound, Selection, select
 from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import raw_pipeline
 from kvserve_connector.loads import Credit
+from kvserve_connector.midway import by_merit
 from kvserve_strategies import Pipeline
 from kvserve_strategies.bundle import Bundle
 
@@ -267,22 +269,115 @@ class Selector:
                         # what a new class may spend is not limited yet
                         allowance_s if allowance_s < MOST_ALLOWANCE_S else MOST_ALLOWANCE_S,
                         selection,
+                        0.0,
+                        0.0,
                     ),
                 )
             )
-        name = selection.profile
-        candidate = full.candidates[name]
-        return _new(
-            Choice,
-            (
-                selection,
-                ready.pipelines[name],
-                candidate.ratio,
-                full.version,
-                candidate.encode,
-                candidate.decode,
-            ),
+        return _chosen(ready, selection)
+
+    def choose_rest(
+        self,
+        workload: str,
+        *,
+        before: Choice,
+        before_bytes_per_s: float,
+        native_bytes: int,
+        link: Link,
+        chunks: int,
+        follows: Callable[[Pipeline], bool],
+        spent_s: float,
+        stages: frozenset[str],
+        bundles: frozenset[str] = frozenset(),
+        peer: str = "",
+    ) -> Choice | None:
+        """Choose again for the rest of a transfer, by the table in force now; nothing is tried out.
+
+        Args:
+            workload: The request's class.
+            before: The choice until now.
+            before_bytes_per_s: The link's goodput for which that was made.
+            native_bytes: Native KV bytes of the rest.
+            link: The link as known now.
+            chunks: The chunks of the rest.
+            follows: Tells of a pipeline whether it can code these.
+            spent_s: Seconds of the deadline that have passed.
+            stages: What the consumer can decode.
+            bundles: The calibration bundles that it has.
+            peer: Who it is.
+
+        Returns:
+            None to go on as before, also where the table in force chooses by nothing that the link is.
+        """
+        ready = self._ready
+        if ready is None:
+            return None
+        full = ready.table
+        expired = full.on_controller_loss is _REVERT and self.age_s > full.ttl_s
+        if full.mode is not Mode.ACTIVE or expired:
+            return None
+        workload = workload if workload in full.rules else DEFAULT_CLASS
+        incumbent = before.selection.profile
+        able = {name: each.digest for name, each in ready.pipelines.items() if follows(each)}
+        selection = select(
+            ready.decodable(stages, bundles),
+            workload,
+            native_bytes=native_bytes,
+            link=link,
+            chunks=chunks,
+            decodable=frozenset(able.values()),
+            incumbent=incumbent,
+            spent_s=spent_s,
         )
+        if not by_merit(selection):
+            return None
+        self.decisions.append(
+            Decision(
+                wall_s=self._wall_s(),
+                version=full.version,
+                peer=peer,
+                workload=workload,
+                native_bytes=native_bytes,
+                chunks=chunks,
+                link=link,
+                candidates=tuple(c for c in full.rules[workload].candidates if c in able),
+                incumbent=incumbent,
+                allowance_s=0.0,
+                selection=selection,
+                spent_s=spent_s,
+                before_bytes_per_s=before_bytes_per_s,
+            )
+        )
+        if selection.profile == incumbent:
+            return None
+        self._incumbents[workload, peer] = selection.profile
+        return _chosen(ready, selection)
+
+    def layer_steps(
+        self, workload: str, stages: frozenset[str], bundles: frozenset[str] = frozenset()
+    ) -> tuple[int, ...]:
+        """Return how many layers each profile codes together that a transfer to a consumer may use."""
+        ready = self._ready
+        if ready is None:
+            return ()
+        rule = ready.decodable(stages, bundles).rule(workload)
+        return tuple(ready.pipelines[name].layer_step for name in rule.candidates)
+
+
+def _chosen(ready: ReadyTable, selection: Selection) -> Choice:
+    name = selection.profile
+    candidate = ready.table.candidates[name]
+    return _new(
+        Choice,
+        (
+            selection,
+            ready.pipelines[name],
+            candidate.ratio,
+            ready.table.version,
+            candidate.encode,
+            candidate.decode,
+        ),
+    )
 
 
 def _restrict(table: DecisionTable, able: set[str]) -> DecisionTable:

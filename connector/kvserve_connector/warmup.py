@@ -8,6 +8,7 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.chunks import ahead_layers, plan_form
 from kvserve_connector.coding import ChunkCoder, raw_pipeline
 from kvserve_connector.engine import Engine
+from kvserve_connector.midway import common_step
 from kvserve_connector.selector import ReadyTable
 from kvserve_strategies import Pipeline
 
@@ -49,8 +50,13 @@ class WarmUp:
 
     def of_table(self, ready: ReadyTable) -> None:
         """Code with each pipeline that the last table did not have: tables that only learned something come often."""
-        ways = {self._chunk_layers, ahead_layers(self._cache.form, self._chunk_layers)}
         pipelines = tuple(ready.pipelines.values())
+        steps = [pipeline.layer_step for pipeline in pipelines]
+        ways = set[int]()
+        for most in (self._chunk_layers, ahead_layers(self._cache.form, self._chunk_layers)):
+            # as plans are made for it alone, and for others to go on with
+            multiples = {1} | {common_step(step, steps, most) for step in steps}
+            ways |= {max(multiple, most // multiple * multiple) for multiple in multiples}
         for pipeline in pipelines:
             if not any(pipeline is warm for warm in self._warm):
                 self._coder.warm_up(pipeline, ways)

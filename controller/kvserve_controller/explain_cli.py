@@ -154,6 +154,7 @@ def lines(value: dict[str, Any]) -> list[str]:
         f" {link['arrivals_per_s']:.2f} transfers/s; coder {link['encode_backlog_s']:.2f} s ahead,"
         f" {link['encode_factor']:.2f}x the table's time, delays {link['encode_delays']:.1f} requests here and"
         f" {link['decode_delays']:.1f} there",
+        *before(value),
         f"  {value['profile']}: {reason(value)}"
         + (f"; deadline {deadline_s:.3f} s" if deadline_s is not None else "")
         + (f" after {link['hidden_s']:.3f} s of prefill" if link["hidden_s"] else ""),
@@ -182,6 +183,17 @@ def lines(value: dict[str, Any]) -> list[str]:
             for column, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
+    ]
+
+
+def before(value: dict[str, Any]) -> list[str]:
+    """Return what came before a decision about the rest of a transfer."""
+    if not value.get("before_bytes_per_s"):
+        return []
+    mbit = value["before_bytes_per_s"] / BYTES_PER_S_PER_MBIT
+    return [
+        f"  the rest of a transfer that {value['incumbent']} had coded, chosen for {mbit:.1f} Mbit/s;"
+        f" {value['spent_s']:.3f} s of its deadline had passed"
     ]
 
 

@@ -160,18 +160,17 @@ class Program:
             consumer: The pod.
 
         Returns:
-            How many were learned from (``Learned``) and how many were not, by reason.
+            How many were learned from (``Learned``) and how many were not, by reason; ``Mixed`` are those that count
+            for objectives only, because several profiles coded them.
         """
         outcomes: Counter[str] = Counter()
         if len(messages) > MAX_REPORTS:
             outcomes["TooMany"] = len(messages) - MAX_REPORTS
         for message in messages[:MAX_REPORTS]:
             try:
-                self._observe(Report.read(message), now, consumer)
+                outcomes[self._observe(Report.read(message), now, consumer)] += 1
             except ReportError as error:
                 outcomes[error.reason] += 1
-            else:
-                outcomes["Learned"] += 1
         return outcomes
 
     def tick(self, now: Instant) -> Cause | None:
@@ -202,15 +201,20 @@ class Program:
         self.table = replace(self.table, version=self._next_version())
         return Cause.REISSUED
 
-    def _observe(self, report: Report, now: Instant, consumer: str) -> None:
+    def _observe(self, report: Report, now: Instant, consumer: str) -> str:
+        """Take up a report; return what it was good for."""
         profile = self._profiles.get(report.profile)
         if profile is None:
             raise ReportError("UnknownProfile", "profile", f"is unknown: {report.profile!r}")
+        self.window.add(report, now.mono_s)
+        self.activity.observe_goodput(report.goodput_bytes_per_s)
+        if report.shares:
+            # which profile took how much of it nobody knows, and what was predicted was not what was done
+            return "Mixed"
         self._learner.observe(profile, report, consumer)
         self.learned_from += 1
         self._forecast.add(report.total_s, report.predicted_s)
-        self.window.add(report, now.mono_s)
-        self.activity.observe_goodput(report.goodput_bytes_per_s)
+        return "Learned"
 
     def _learned(self, now: Instant, profiles: Iterable[str]) -> Learned:
         model_s = {}

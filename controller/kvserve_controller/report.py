@@ -1,7 +1,8 @@
 """What a pod reports of a finished transfer, checked: nothing that arrives is trusted."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from kvserve_api.errors import SpecError
@@ -17,6 +18,7 @@ HEADER_BYTES: Final = 1 << 16
 MAX_NAME: Final = 63
 
 MAX_POD: Final = 253
+MAX_SHARES: Final = 16
 
 _TIMES: Final = ("encode_s", "wire_s", "decode_s", "total_s", "model_s", "predicted_s")
 
@@ -53,6 +55,7 @@ class Report:
         predicted_s: What the pod expected ``total_s`` to be; 0 where nothing was predicted.
         producer: The pod that encoded; empty if unknown.
         version: Of the table that decided; None without one.
+        shares: Of the native bytes by profile, where several coded it; ``profile`` is then the first.
     """
 
     workload: str
@@ -70,6 +73,7 @@ class Report:
     predicted_s: float = 0.0
     producer: str = ""
     version: Version | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, message: Any) -> Self:
@@ -96,6 +100,10 @@ class Report:
             raise ReportError("Absurd", "profile", "has a name that no profile can have")
         if len(message.producer) > MAX_POD:
             raise ReportError("Absurd", "producer", "has a name that no pod can have")
+        if len(message.shares) > MAX_SHARES or any(len(name) > MAX_NAME for name in message.shares):
+            raise ReportError("Absurd", "shares", "are of more profiles than there can be")
+        for share in message.shares.values():
+            _check_number("shares", share, 1.0)
         return cls(
             workload=message.workload,
             profile=message.profile,
@@ -116,6 +124,7 @@ class Report:
                 if message.HasField("version")
                 else None
             ),
+            shares=dict(message.shares),
         )
 
 

@@ -88,6 +88,18 @@ def test_explanation_is_json_and_names_what_acts() -> None:
     assert "candidates" not in explained(None, decision)
 
 
+def test_what_is_spent_of_a_deadline_makes_late() -> None:
+    """Of the rest of a transfer those are late that take longer than what is left of the deadline."""
+    begun = decide(table(), "default", native_bytes=SIZE, link=LINK)
+    rest = begun._replace(spent_s=0.6, before_bytes_per_s=10 * LINK.bytes_per_s)
+    rest = rest._replace(selection=rest.selection._replace(profile="rans", wanted="rans"))
+    verdicts = {each.name: each.verdict for each in weigh(table(), rest)}
+    assert verdicts["int4"] is Verdict.LATE
+    value = explained(table(), rest)
+    assert (value["spent_s"], value["before_bytes_per_s"]) == (0.6, 10 * LINK.bytes_per_s)
+    assert explained(table(), begun)["before_bytes_per_s"] is None
+
+
 def decision() -> Decision:
     """Return a decision that uses every field."""
     link = replace(
@@ -101,7 +113,13 @@ def decision() -> Decision:
         hidden_s=0.75,
     )
     made = decide(table(), "default", native_bytes=SIZE, link=link, chunks=6, wall_s=1e9)
-    return made._replace(peer="10.0.0.1", incumbent="int8", allowance_s=0.125)
+    return made._replace(
+        peer="10.0.0.1",
+        incumbent="int8",
+        allowance_s=0.125,
+        spent_s=0.5,
+        before_bytes_per_s=2e6,
+    )
 
 
 def test_decision_round_trip() -> None:
@@ -119,6 +137,8 @@ def test_decision_round_trip() -> None:
         pytest.param({"bound": "Whim"}, id="bound"),
         pytest.param({"predicted_s": -1.0}, id="time"),
         pytest.param({"wall_s": math.inf}, id="wall"),
+        pytest.param({"spent_s": -1.0}, id="spent"),
+        pytest.param({"before_bytes_per_s": math.nan}, id="before"),
         pytest.param({"profile": "x" * 64}, id="name"),
         pytest.param({"peer": "x" * 300}, id="peer"),
         pytest.param({"encode_factor": 0.0}, id="factor"),

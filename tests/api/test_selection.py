@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from decision_tables import MBIT, SIZE, busy_links, links, sizes, table, tables
 from kvserve_api.latency import MOST_UTILISATION, Link, Load, StageCost, predict
 from kvserve_api.policy import Goal, Mode
-from kvserve_api.selection import NEAR, Bound, select
+from kvserve_api.selection import NEAR, Bound, Selection, select
 from kvserve_api.table import (
     DecisionTable,
     Doubt,
@@ -476,3 +476,24 @@ def test_rivals_of_what_is_kept_are_held_against_it() -> None:
         allowance_s=0.01,
     )
     assert (chosen.profile, chosen.bound) == ("rival", Bound.EXPLORED)
+
+
+@given(tables(), sizes, busy_links, st.integers(1, 32), st.floats(0, 0.99))
+def test_what_is_spent_shortens_the_deadline(
+    drawn: DecisionTable, size: int, link: Link, chunks: int, share: float
+) -> None:
+    """For the rest of a transfer the deadline is what is left of it; when all of it is spent, every profile is late."""
+    rule = drawn.rules["default"]
+    # nothing hides the rest of what had to be waited for
+    link = replace(link, hidden_s=0.0)
+    spent_s = share * min(rule.deadline_s, 1e3)
+    left = replace(rule, deadline_s=rule.deadline_s - spent_s)
+    shorter = replace(drawn, rules=dict(drawn.rules) | {"default": left})
+
+    def chosen(made: DecisionTable, spent_s: float = 0.0) -> Selection:
+        return select(made, "default", native_bytes=size, link=link, chunks=chunks, spent_s=spent_s)
+
+    assert chosen(drawn, spent_s) == chosen(shorter)
+    if rule.deadline_s < math.inf:
+        late = chosen(drawn, 2 * rule.deadline_s)
+        assert late.bound in (Bound.DEADLINE, Bound.UNSTABLE)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvserve_api.errors import WireError, WireReason
-from kvserve_connector.commands import Pull, Release, Renew
+from kvserve_connector.commands import PARTS, Pull, Release, Renew
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_message, parse_header, parse_message
 from transfer_messages import LAYOUT, PULL
 
@@ -59,6 +59,12 @@ def test_wrong_wishes_are_refused(key: str, value: object) -> None:
     with pytest.raises(WireError) as caught:
         Pull.parse(pack_message(Kind.PULL, content)[HEADER_BYTES:])
     assert caught.value.reason == WireReason.MALFORMED
+
+
+def test_who_takes_parts_says_so_among_the_stages() -> None:
+    """A name that older producers pass over tells that a consumer understands an END with parts."""
+    assert not PULL.takes_parts
+    assert replace(PULL, stages=PULL.stages | {PARTS}).takes_parts
 
 
 def test_a_consumer_without_bundles_speaks_of_none() -> None:

@@ -11,7 +11,7 @@ from kvserve_api.errors import WireError, WireReason
 from kvserve_connector.chunks import Chunk
 from kvserve_connector.pieces import Offer
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_message, parse_header, parse_message
-from kvserve_connector.replies import Accept, End, Refuse
+from kvserve_connector.replies import Accept, End, Part, Refuse
 from transfer_messages import ACCEPT
 
 REPLIES = {
@@ -28,6 +28,11 @@ REPLIES = {
     "end": End(encode_s=0.5, goodput_bytes_per_s=1e8),
     "end-of-a-transfer": End(
         encode_s=0.5, goodput_bytes_per_s=1e8, waited_s=2.0, model_s=3.0, prefill_s=2.5
+    ),
+    "end-of-parts": End(
+        encode_s=0.5,
+        goodput_bytes_per_s=1e8,
+        parts={"none": Part(3000, 3100), "int4-token": Part(4000, 1100)},
     ),
     "refuse": Refuse(reason="Expired", detail="too late"),
 }
@@ -72,4 +77,25 @@ def test_wrong_times_are_refused(prefill_s: object) -> None:
     body = json.dumps(content).replace("Infinity", "1e400").encode()
     with pytest.raises(WireError) as caught:
         End.parse(struct.pack("<I", zlib.crc32(body)) + body)
+    assert caught.value.reason == WireReason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([["none", 1, 1]], id="list"),
+        pytest.param({"no name": [1, 1]}, id="name"),
+        pytest.param({"none": [1]}, id="one-number"),
+        pytest.param({"none": [1, True]}, id="boolean"),
+        pytest.param({"none": [0, 1]}, id="nothing"),
+        pytest.param({"none": [1, 1 << 60]}, id="huge"),
+        pytest.param({f"p{n}": [1, 1] for n in range(17)}, id="too-many"),
+    ],
+)
+def test_wrong_parts_are_refused(parts: object) -> None:
+    """Parts that are not bytes by profile make an END malformed."""
+    frame = End(encode_s=0.5, goodput_bytes_per_s=1e8).pack()
+    content = parse_message(frame[HEADER_BYTES:]) | {"parts": parts}
+    with pytest.raises(WireError) as caught:
+        End.parse(pack_message(Kind.END, content)[HEADER_BYTES:])
     assert caught.value.reason == WireReason.MALFORMED

@@ -7,8 +7,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from decision_tables import table
+from kvserve_api.decision import decide, explained
 from kvserve_api.errors import PolicyError, SpecError, UnavailableError
-from kvserve_controller.explain_cli import explain, latest
+from kvserve_api.latency import Link
+from kvserve_controller.explain_cli import BYTES_PER_S_PER_MBIT, explain, latest, lines
 from samples import pareto, policy_object
 
 MOVE = {"name": "move", "metric": "KVTransferTime", "thresholdMilliseconds": 900}
@@ -38,6 +41,21 @@ def test_decides_without_a_controller(files: list[str]) -> None:
     assert value["wanted"] == "int4"
     slow = CliRunner().invoke(explain, [*files, "--bytes", "50000000", "--mbit", "1"])
     assert "no candidate meets the deadline, this one misses it least" in slow.output
+
+
+def test_the_rest_of_a_transfer_says_what_came_before() -> None:
+    """Of a choice midway it is told what had coded until then, for which link, and how late it was."""
+    link = Link(bytes_per_s=20 * BYTES_PER_S_PER_MBIT)
+    made = table()
+    decision = decide(made, "default", native_bytes=50_000_000, link=link)._replace(
+        incumbent="none", spent_s=0.25, before_bytes_per_s=1000 * BYTES_PER_S_PER_MBIT
+    )
+    told = lines(explained(made, decision))
+    assert told[2] == (
+        "  the rest of a transfer that none had coded, chosen for 1000.0 Mbit/s; 0.250 s of its deadline had passed"
+    )
+    first = lines(explained(made, decision._replace(before_bytes_per_s=0.0)))
+    assert first == [line for line in told if line != told[2]]
 
 
 def test_what_is_missing_is_said(files: list[str], tmp_path: Path) -> None:

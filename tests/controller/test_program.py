@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kvserve_api.errors import ArtifactError, PolicyError
-from kvserve_api.policy import Policy
+from kvserve_api.policy import Metric, Policy
 from kvserve_api.table import Role, Version
 from kvserve_controller.activity import Cause
 from kvserve_controller.counts import Counts
@@ -104,6 +104,24 @@ def test_learned_table_is_rate_limited() -> None:
     assert subject.table.candidates["int4"].encode.seconds(1e9) > 2 * INT4.encode.seconds(1e9)
 
 
+def test_mixed_transfers_count_and_teach_nothing() -> None:
+    """What several profiles coded corrects none of them and no forecast, but is held against objectives."""
+    move = {"name": "move", "metric": "KVTransferTime", "thresholdMilliseconds": 500}
+    subject = program(entry(slo={"objectives": [move]}))
+    reports = slow_reports(factor=40.0)
+    for report in reports:
+        report.shares.update({"int4": 0.25, "none": 0.75})
+        report.predicted_s, report.total_s = 0.1, 5.0
+    assert subject.observe(reports, NOW) == {"Mixed": 20}
+    assert subject.learned_from == 0
+    taught, fresh = subject.saved, program().saved
+    assert taught is not None
+    assert fresh is not None
+    assert taught.learner.to_json() == fresh.learner.to_json()
+    assert taught.forecast.to_json() == fresh.forecast.to_json()
+    assert subject.window.percentile_s("default", Metric.KV_TRANSFER_TIME, 95, NOW.mono_s) == 5.0
+
+
 def test_model_time_becomes_the_deadline() -> None:
     """What the model was seen to take is left out of a transfer's share of the first token."""
     subject = program(entry(slo={"objectives": [TTFT]}))
@@ -124,13 +142,14 @@ def test_nonsense_is_counted_and_changes_nothing() -> None:
             transfer_report("int4", wire_bytes=0),
             transfer_report("unheard-of"),
             transfer_report("int4", failure="PeerLost"),
+            transfer_report("int4", shares={"int4": 2.0}),
         ],
         NOW,
     )
     assert outcomes == {
         "NotFinite": 1,
         "Negative": 1,
-        "Absurd": 1,
+        "Absurd": 2,
         "UnknownProfile": 1,
         "Failed": 1,
     }

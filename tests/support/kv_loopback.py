@@ -203,8 +203,10 @@ class Pair:
 
 
 @contextmanager
-def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: Any) -> Iterator[Pair]:
-    """Start both ends; ``form`` is what the consumer believes of its cache."""
+def pair(
+    *, form: Form = FORM, lease_s: float = 30.0, blocks: int = 32, **settings: Any
+) -> Iterator[Pair]:
+    """Start both ends; ``form`` is what the consumer believes of its cache, ``blocks`` how large both are."""
     config = replace(
         ConnectorConfig(
             listen_host="127.0.0.1", listen_port=0, timeout_s=5.0, stall_s=1.0, chunk_layers=2
@@ -216,7 +218,7 @@ def pair(*, form: Form = FORM, lease_s: float = 30.0, **settings: Any) -> Iterat
     metrics = Metrics(selector)
     leases = LeaseBook(lease_s)
     links = LinkBook()
-    source, target = make_cache(seed=7), make_cache(form=form)
+    source, target = make_cache(blocks, seed=7), make_cache(blocks, form=form)
     ours = BundleBook(None, ENGINE.fingerprint, ENGINE.layout)
     theirs = BundleBook(None, form.fingerprint, form.layout)
     encoders, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

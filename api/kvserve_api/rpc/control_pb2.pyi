@@ -198,7 +198,14 @@ class DecisionTable(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., mode: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., rules: _Optional[_Mapping[str, ClassRule]] = ..., pinned: _Optional[str] = ..., fallback: _Optional[str] = ..., ttl_s: _Optional[float] = ..., on_controller_loss: _Optional[str] = ..., prior_bytes_per_s: _Optional[float] = ..., hysteresis: _Optional[float] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("workload", "profile", "wanted", "bound", "version", "producer", "native_bytes", "wire_bytes", "encode_s", "wire_s", "decode_s", "total_s", "predicted_s", "model_s", "goodput_bytes_per_s", "failure", "exposed_s")
+    __slots__ = ("workload", "profile", "wanted", "bound", "version", "producer", "native_bytes", "wire_bytes", "encode_s", "wire_s", "decode_s", "total_s", "predicted_s", "model_s", "goodput_bytes_per_s", "failure", "exposed_s", "shares")
+    class SharesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +223,7 @@ class TransferReport(_message.Message):
     GOODPUT_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     workload: str
     profile: str
     wanted: str
@@ -233,7 +241,8 @@ class TransferReport(_message.Message):
     goodput_bytes_per_s: float
     failure: str
     exposed_s: float
-    def __init__(self, workload: _Optional[str] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., producer: _Optional[str] = ..., native_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., encode_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., model_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., exposed_s: _Optional[float] = ...) -> None: ...
+    shares: _containers.ScalarMap[str, float]
+    def __init__(self, workload: _Optional[str] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., producer: _Optional[str] = ..., native_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., encode_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ..., predicted_s: _Optional[float] = ..., model_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., failure: _Optional[str] = ..., exposed_s: _Optional[float] = ..., shares: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TransferReports(_message.Message):
     __slots__ = ("reports",)
@@ -242,7 +251,7 @@ class TransferReports(_message.Message):
     def __init__(self, reports: _Optional[_Iterable[_Union[TransferReport, _Mapping]]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("wall_s", "version", "peer", "workload", "native_bytes", "chunks", "bytes_per_s", "backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s", "arrivals_per_s", "native_bytes_per_s", "encoder_arrivals_per_s", "encoder_native_bytes_per_s", "encode_factor", "candidates", "incumbent", "allowance_s", "profile", "wanted", "bound", "predicted_s", "extra_s", "encode_delays", "decode_delays", "hidden_s")
+    __slots__ = ("wall_s", "version", "peer", "workload", "native_bytes", "chunks", "bytes_per_s", "backlog_bytes", "rtt_s", "encode_backlog_s", "decode_backlog_s", "arrivals_per_s", "native_bytes_per_s", "encoder_arrivals_per_s", "encoder_native_bytes_per_s", "encode_factor", "candidates", "incumbent", "allowance_s", "profile", "wanted", "bound", "predicted_s", "extra_s", "encode_delays", "decode_delays", "hidden_s", "spent_s", "before_bytes_per_s")
     WALL_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
@@ -270,6 +279,8 @@ class Decision(_message.Message):
     ENCODE_DELAYS_FIELD_NUMBER: _ClassVar[int]
     DECODE_DELAYS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    SPENT_S_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     wall_s: float
     version: Version
     peer: str
@@ -297,7 +308,9 @@ class Decision(_message.Message):
     encode_delays: float
     decode_delays: float
     hidden_s: float
-    def __init__(self, wall_s: _Optional[float] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., peer: _Optional[str] = ..., workload: _Optional[str] = ..., native_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., backlog_bytes: _Optional[float] = ..., rtt_s: _Optional[float] = ..., encode_backlog_s: _Optional[float] = ..., decode_backlog_s: _Optional[float] = ..., arrivals_per_s: _Optional[float] = ..., native_bytes_per_s: _Optional[float] = ..., encoder_arrivals_per_s: _Optional[float] = ..., encoder_native_bytes_per_s: _Optional[float] = ..., encode_factor: _Optional[float] = ..., candidates: _Optional[_Iterable[str]] = ..., incumbent: _Optional[str] = ..., allowance_s: _Optional[float] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., predicted_s: _Optional[float] = ..., extra_s: _Optional[float] = ..., encode_delays: _Optional[float] = ..., decode_delays: _Optional[float] = ..., hidden_s: _Optional[float] = ...) -> None: ...
+    spent_s: float
+    before_bytes_per_s: float
+    def __init__(self, wall_s: _Optional[float] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., peer: _Optional[str] = ..., workload: _Optional[str] = ..., native_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., backlog_bytes: _Optional[float] = ..., rtt_s: _Optional[float] = ..., encode_backlog_s: _Optional[float] = ..., decode_backlog_s: _Optional[float] = ..., arrivals_per_s: _Optional[float] = ..., native_bytes_per_s: _Optional[float] = ..., encoder_arrivals_per_s: _Optional[float] = ..., encoder_native_bytes_per_s: _Optional[float] = ..., encode_factor: _Optional[float] = ..., candidates: _Optional[_Iterable[str]] = ..., incumbent: _Optional[str] = ..., allowance_s: _Optional[float] = ..., profile: _Optional[str] = ..., wanted: _Optional[str] = ..., bound: _Optional[str] = ..., predicted_s: _Optional[float] = ..., extra_s: _Optional[float] = ..., encode_delays: _Optional[float] = ..., decode_delays: _Optional[float] = ..., hidden_s: _Optional[float] = ..., spent_s: _Optional[float] = ..., before_bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class Decisions(_message.Message):
     __slots__ = ("decisions",)

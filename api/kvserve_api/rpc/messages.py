@@ -31,6 +31,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 """Largest message either side accepts."""
 MAX_NAME = 63
 MAX_PEER = 253
+_TIMES = ("wall_s", "allowance_s", "predicted_s", "extra_s", "spent_s", "before_bytes_per_s")
 
 
 def version_to_message(version: Version) -> pb.Version:
@@ -195,6 +196,8 @@ def decision_to_message(decision: Decision) -> pb.Decision:
         bound=selection.bound.value,
         predicted_s=selection.predicted_s,
         extra_s=selection.extra_s,
+        spent_s=decision.spent_s,
+        before_bytes_per_s=decision.before_bytes_per_s,
     )
 
 
@@ -211,7 +214,7 @@ def decision_from_message(message: pb.Decision) -> Decision:
         raise SpecError("peer", "and workload must be names")
     if not (message.native_bytes > 0 and message.chunks > 0):
         raise SpecError("native_bytes", "and chunks must be positive")
-    for name in ("wall_s", "allowance_s", "predicted_s", "extra_s"):
+    for name in _TIMES:
         if not 0 <= getattr(message, name) < math.inf:
             raise SpecError(name, f"must be finite and not negative: {getattr(message, name)}")
     return Decision(
@@ -250,6 +253,8 @@ def decision_from_message(message: pb.Decision) -> Decision:
             predicted_s=message.predicted_s,
             extra_s=message.extra_s,
         ),
+        spent_s=message.spent_s,
+        before_bytes_per_s=message.before_bytes_per_s,
     )
 
 
