@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from controller_link import FREE, WatchedLink
 from controller_profiles import MODEL
-from controller_queue import Sent, Tandem
+from controller_queue import Sent
+from controller_replay import Queues
 from controller_scenarios import PERCENTILE, Arrival, Scenario, chunks_of
 from kvserve_api.latency import Link
 from kvserve_api.policy import Policy
@@ -81,7 +82,7 @@ class KVServe:
         self._next_post_s = REPORT_EVERY_S
         self._next_tick_s = TICK_S
 
-    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, tandem: Queues) -> str:
         """Return what the pod selects."""
         self._until(arrival.at_s)
         known = self._link()
@@ -169,7 +170,7 @@ class KVServe:
         self._under_way = still
 
     def _report(self, index: int, profile: str, table: DecisionTable, sent: Sent) -> Any:
-        arrival, selection = self._scenario.arrivals[index], self._selections.pop(index)
+        arrival, selection = self._scenario.arrivals[index], self._selections[index]
         return pb.TransferReport(
             workload=arrival.workload,
             profile=profile,

@@ -25,13 +25,28 @@ FREE: Final = StageCost()
 
 
 class Account:
-    """Stands for the socket of one transfer: answers ``getsockopt(TCP_INFO)`` as the kernel would at that time."""
+    """Stands for the socket of one transfer: answers ``getsockopt(TCP_INFO)`` as the kernel would at that time.
 
-    def __init__(self, sent: Sent, rtt_s: float, now_s: Callable[[], float]) -> None:
+    Args:
+        sent: What becomes of it.
+        rtt_s: Of the link.
+        now_s: The time.
+        nbytes: Returns the wire bytes of a chunk by its place in `Sent.link`; without, all are equal.
+    """
+
+    def __init__(
+        self,
+        sent: Sent,
+        rtt_s: float,
+        now_s: Callable[[], float],
+        nbytes: Callable[[int], float] | None = None,
+    ) -> None:
         self._sent = sent
+        self._nbytes = nbytes or (lambda _: sent.work.wire_bytes / sent.work.chunks)
         self._rtt_s = rtt_s
         self._now_s = now_s
         self._whole = 0
+        self._whole_bytes = 0.0
         self._busy_s = 0.0
         self._busy_until_s = -1.0
 
@@ -47,21 +62,22 @@ class Account:
 
     def progress(self, now_s: float) -> tuple[float, float, float]:
         """Return bytes acknowledged, busy seconds, and the rate of the latest chunk; times never go back."""
-        chunks, each = self._sent.link, self._sent.work.wire_bytes / self._sent.work.chunks
+        chunks = self._sent.link
         while self._whole < len(chunks) and chunks[self._whole][2] <= now_s:
             reached_s, _, end_s = chunks[self._whole]
             self._busy_s += end_s - max(reached_s, self._busy_until_s)
             self._busy_until_s = end_s
+            self._whole_bytes += self._nbytes(self._whole)
             self._whole += 1
-        acked, busy_s, rate = self._whole * each, self._busy_s, 0.0
+        acked, busy_s, rate = self._whole_bytes, self._busy_s, 0.0
         if self._whole > 0:
             _, start_s, end_s = chunks[self._whole - 1]
-            rate = each / max(end_s - start_s, 1e-9)
+            rate = self._nbytes(self._whole - 1) / max(end_s - start_s, 1e-9)
         if self._whole < len(chunks) and chunks[self._whole][0] < now_s:
             reached_s, start_s, end_s = chunks[self._whole]
             busy_s += now_s - max(reached_s, self._busy_until_s)
             if start_s < now_s:
-                acked += each * (now_s - start_s) / (end_s - start_s)
+                acked += self._nbytes(self._whole) * (now_s - start_s) / (end_s - start_s)
         return acked, busy_s, rate
 
 

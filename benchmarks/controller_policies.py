@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from controller_link import WatchedLink
-from controller_queue import Sent, Tandem
-from controller_replay import Run, replay
+from controller_queue import Sent
+from controller_replay import Queues, Run, replay
 from controller_scenarios import Arrival, Scenario
 from kvserve_api.profile_set import NONE, Profile
 
@@ -25,7 +25,7 @@ class Static:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def choose(self, _index: int, _arrival: Arrival, _tandem: Tandem) -> str:
+    def choose(self, _index: int, _arrival: Arrival, _tandem: Queues) -> str:
         """Return it."""
         return self._name
 
@@ -45,7 +45,7 @@ class Greedy:
         self._scenario = scenario
         self._price = price
 
-    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, tandem: Queues) -> str:
         """Return the cheapest."""
         best, least = NONE, math.inf
         for profile in self._scenario.allowed(arrival.workload):
@@ -115,7 +115,7 @@ class PaperController:
         """Return one of the scored profiles."""
         raise NotImplementedError
 
-    def choose(self, index: int, arrival: Arrival, _tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, _tandem: Queues) -> str:
         """Return the profile of an arrival."""
         self._watched.until(arrival.at_s)
         self._learn(arrival.at_s)

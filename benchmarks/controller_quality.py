@@ -13,16 +13,19 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from controller_kvserve import KVServe
+from controller_midway import Midway
 from controller_policies import PRICES, Static
-from controller_queue import Sent, Tandem
-from controller_replay import Run, replay
+from controller_queue import Sent
+from controller_replay import Queues, Run
 from controller_scenarios import PERCENTILE, Arrival, Scenario, for_quality
+from controller_way import replay_on_way
 from kvserve_api.profile_set import NONE
 
 KVSERVE: Final = "kvserve"
+ONCE: Final = "once"
+"""KVServe that lets each transfer end as it began."""
 TOLD: Final = "told"
-"""KVServe, told the link's rate of the moment."""
+"""The same, told the link's rate of the moment."""
 PRESENT: Final = "present"
 """Knows all there is to know now, not how the link will move."""
 ORACLE: Final = "oracle"
@@ -44,7 +47,7 @@ class Sparing:
         self._price = price
         self._foresight = foresight
 
-    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, tandem: Queues) -> str:
         """Return the least lossy that is in time, the first to end if none is."""
         found = []
         for profile in self._scenario.allowed(arrival.workload):
@@ -66,7 +69,7 @@ class Kept:
     """What a policy amounts to under an objective.
 
     Attributes:
-        loss_bp: Mean loss of the transfers, in basis points.
+        loss_bp: Mean loss of the transfers, in basis points; of one that several profiles coded, the worst one's.
         attained: Share of the transfers that kept the objective.
     """
 
@@ -78,8 +81,9 @@ class Kept:
         """Sum up a run."""
         losses = {name: profile.loss_bp for name, profile in scenario.profiles.items()}
         limit_s = scenario.objective_s or math.inf
+        coded = [run.mixed.get(index, (name,)) for index, name in enumerate(run.chosen)]
         return cls(
-            float(np.mean([losses[name] for name in run.chosen])),
+            float(np.mean([max(losses[n] for n in names) for names in coded])),
             float(np.mean([total_s <= limit_s for total_s in run.total_s])),
         )
 
@@ -87,18 +91,25 @@ class Kept:
 def run_all(scenario: Scenario) -> dict[str, Kept]:
     """Replay a scenario under every policy.
 
-    Beside KVServe there is what more knowledge would be worth: of the link's rate of the moment, of all of the present,
-    and of what the link will do.
+    Beside KVServe there is what it is worth to choose again midway, and what more knowledge would be worth at the
+    beginning of each transfer: of the link's rate of the moment, of all of the present, and of what the link will do.
     """
     kept = {
-        f"static-{name}": Kept.of(scenario, replay(scenario, Static(name)))
+        f"static-{name}": Kept.of(scenario, replay_on_way(scenario, Static(name)))
         for name in scenario.profiles
     }
-    kept[KVSERVE] = Kept.of(scenario, replay(scenario, KVServe(scenario)))
-    kept[TOLD] = Kept.of(scenario, replay(scenario, KVServe(scenario, told=True)))
+    kept[KVSERVE] = of_kvserve(scenario)
+    kept[ONCE] = of_kvserve(scenario, changes=False)
+    kept[TOLD] = of_kvserve(scenario, changes=False, told=True)
     kept[PRESENT] = knowing(scenario, foresight=False)
     kept[ORACLE] = knowing(scenario, foresight=True)
     return kept
+
+
+def of_kvserve(scenario: Scenario, *, changes: bool = True, told: bool = False) -> Kept:
+    """Replay KVServe; see `Midway`."""
+    midway = Midway(scenario, changes=changes, told=told)
+    return Kept.of(scenario, replay_on_way(scenario, midway, midway))
 
 
 def knowing(scenario: Scenario, *, foresight: bool) -> Kept:
@@ -107,7 +118,7 @@ def knowing(scenario: Scenario, *, foresight: bool) -> Kept:
     Where it never keeps it, at the price with which it does most often.
     """
     each = [
-        Kept.of(scenario, replay(scenario, Sparing(scenario, price, foresight=foresight)))
+        Kept.of(scenario, replay_on_way(scenario, Sparing(scenario, price, foresight=foresight)))
         for price in PRICES
     ]
     wanted = min(PERCENTILE / 100, max(one.attained for one in each))

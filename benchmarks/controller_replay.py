@@ -1,19 +1,30 @@
 """One scenario under one policy: who decides, what is sent, how long it took."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from controller_queue import Sent, Tandem
+from controller_queue import Capacity, Sent, Tandem, Work
 from controller_scenarios import Arrival, Scenario
+
+
+class Queues(Protocol):
+    """The true state of one pair's servers."""
+
+    capacity: Capacity
+    link_free_s: float
+
+    def preview_s(self, now_s: float, work: Work, *, foresight: bool = True) -> float:
+        """Return how long a transfer would take if it began now and none came after it; changes nothing."""
+        ...
 
 
 class Decider(Protocol):
     """A policy: chooses a profile for each transfer, and may watch what becomes of it."""
 
-    def choose(self, index: int, arrival: Arrival, tandem: Tandem) -> str:
+    def choose(self, index: int, arrival: Arrival, tandem: Queues) -> str:
         """Return the profile of an arrival.
 
         Args:
@@ -33,12 +44,14 @@ class Run:
     Attributes:
         chosen: The profile of each arrival.
         total_s: What each transfer took.
-        violations: Transfers whose profile exceeds its class's quality budget.
+        violations: Transfers with a profile that exceeds their class's quality budget.
+        mixed: Of each arrival that several profiles coded, what coded its chunks.
     """
 
     chosen: tuple[str, ...]
     total_s: tuple[float, ...]
     violations: int
+    mixed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def mean_s(self) -> float:
@@ -74,16 +87,16 @@ def replay(scenario: Scenario, decider: Decider) -> Run:
     return Run(
         chosen=tuple(chosen),
         total_s=tuple(sent.total_s for sent in transfers),
-        violations=violations(scenario, chosen),
+        violations=violations(scenario, [[name] for name in chosen]),
     )
 
 
-def violations(scenario: Scenario, chosen: list[str]) -> int:
-    """Return how many choices exceed the quality budget of their class."""
+def violations(scenario: Scenario, chosen: Sequence[Sequence[str]]) -> int:
+    """Return how many transfers are coded by a profile that exceeds the quality budget of their class."""
     losses: Mapping[str, float] = {
         name: profile.loss_upper_bp for name, profile in scenario.profiles.items()
     }
     return sum(
-        losses[name] > scenario.budgets_bp[arrival.workload]
-        for name, arrival in zip(chosen, scenario.arrivals, strict=True)
+        max(losses[name] for name in names) > scenario.budgets_bp[arrival.workload]
+        for names, arrival in zip(chosen, scenario.arrivals, strict=True)
     )

@@ -11,12 +11,18 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 import controller_profiles as profiles
 from controller_queue import Capacity, Work
 from controller_traces import Traces
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
+from kvserve_api.wire import KVLayout
+from kvserve_connector.chunks import Chunk, plan
+from kvserve_connector.config import ConnectorConfig
+from kvserve_connector.midway import common_step, follows
+from kvserve_strategies import PRESETS, Pipeline
 from pd_load import LENGTHS, WEIGHTS
 
 GBIT: Final = 1e9 / 8
@@ -28,6 +34,8 @@ KIB: Final = 1024
 LLAMA_8B: Final = 128 * KIB
 QWEN_32B: Final = 256 * KIB
 SMOLLM2: Final = 22.5 * KIB
+SMOLLM2_LAYOUT: Final = KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
+CHUNK_LAYERS: Final = ConnectorConfig().chunk_layers
 """Bytes of KV a token."""
 LEAST_TOKENS: Final = 32
 PROMPT_TOKENS: Final = tuple(n for n, w in zip(LENGTHS, WEIGHTS, strict=True) for _ in range(w))
@@ -81,6 +89,7 @@ class Scenario:
         slow: A factor of encoding and one of decoding, by time.
         objective_s: Without it latency is minimised; with it quality is maximised, and `PERCENTILE` of the transfers
             shall take at most so many seconds.
+        layout: Of the cache, where transfers are cut as the connector cuts them; else see `chunks_of`.
     """
 
     name: str
@@ -95,6 +104,7 @@ class Scenario:
     scatter: tuple[Factors, ...]
     slow: Callable[[float], tuple[float, float]] = field(default=lambda _: (1.0, 1.0))
     objective_s: float | None = None
+    layout: KVLayout | None = None
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -116,8 +126,30 @@ class Scenario:
             encode_s=profile.encode.seconds(native) * mine.encode * scatter.encode * encode,
             wire_bytes=native / profile.ratio * wire,
             decode_s=profile.decode.seconds(native) * mine.decode * scatter.decode * decode,
-            chunks=chunks_of(native),
+            chunks=chunks_of(native) if self.layout is None else len(self.plan(index, name)),
         )
+
+    def plan(self, index: int, first: str) -> tuple[Chunk, ...]:
+        """Return how the connector cuts an arrival that begins with a profile."""
+        assert self.layout is not None
+        tokens = self.arrivals[index].native_bytes // self.layout.native_bytes(1)
+        return _cut(self.layout, tokens, first, tuple(self.profiles))
+
+    def follows(self, index: int, first: str, name: str) -> bool:
+        """Tell whether a profile can code chunks of what began with another."""
+        assert self.layout is not None
+        return follows(layer_step(name), [self.layout.layers], self.plan(index, first))
+
+
+def layer_step(name: str) -> int:
+    """Return how many layers a profile codes together."""
+    return Pipeline.of(PRESETS[name]).layer_step
+
+
+@lru_cache(maxsize=256)
+def _cut(layout: KVLayout, tokens: int, first: str, names: tuple[str, ...]) -> tuple[Chunk, ...]:
+    multiple = common_step(layer_step(first), map(layer_step, names), CHUNK_LAYERS)
+    return plan(layout, range(tokens), CHUNK_LAYERS, layer_multiple=multiple)
 
 
 def chunks_of(native_bytes: int) -> int:
@@ -189,7 +221,7 @@ def _quality(name: str, seed: int, count: int, phase_s: float, per_s: float) -> 
         )
     ]
     made = _make(name, seed, profiles.serving(), arrivals, course, budget_bp=100)
-    return replace(made, objective_s=OBJECTIVE_S)
+    return replace(made, objective_s=OBJECTIVE_S, layout=SMOLLM2_LAYOUT)
 
 
 def _paper(traces: Traces, seed: int) -> Scenario:
