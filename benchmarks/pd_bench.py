@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
         "runs": rows,
         "vs_raw": pd_rows.vs_raw(rows),
         "vs_best_static": pd_rows.vs_best_static(rows, lossy),
-        "claims": pd_claims.claims(rows, lossy, run.losses_bp),
+        "claims": pd_claims.claims(rows, lossy),
         "overlap": pd_claims.overlap(rows),
         "modelled": pd_model.modelled(rows, pareto, generate_s=generate_s),
         "profiles": [

@@ -46,15 +46,12 @@ LEAST_LOSS_BP: Final = 1e-3
 Claim = dict[str, Any]
 
 
-def claims(
-    rows: Sequence[Row], lossy: Iterable[str], losses_bp: Mapping[str, float]
-) -> list[Claim]:
+def claims(rows: Sequence[Row], lossy: Iterable[str]) -> list[Claim]:
     """Return each target with what was measured for it; targets whose rows are not there are left out.
 
     Args:
         rows: What was measured.
         lossy: Policies beyond the quality budget.
-        losses_bp: Of each profile.
     """
     by_name = groups(rows)
     found: list[Claim] = []
@@ -70,7 +67,7 @@ def claims(
                 OVER_STATIC,
             )
         )
-    if (less := less_loss(moving, losses_bp)) is not None:
+    if (less := less_loss(moving)) is not None:
         text = "moving link, for quality: least loss of a fixed profile at equal attainment, over KVServe's"
         found.append(_claim(text, less, LESS_LOSS))
     single = by_name.get(ONE_BY_ONE, {})
@@ -87,12 +84,11 @@ def claims(
     return found
 
 
-def less_loss(group: Mapping[str, Row], losses_bp: Mapping[str, float]) -> Estimate | None:
+def less_loss(group: Mapping[str, Row]) -> Estimate | None:
     """Return how many times the least lossy fixed profile that keeps the objective as often loses as much as KVServe.
 
     Args:
         group: One condition's rows by policy. Who keeps the objective is counted over the requests that both had.
-        losses_bp: Of each profile.
 
     Returns:
         Infinite if no fixed profile keeps it as often, or KVServe loses nothing where each of these does; None where
@@ -103,18 +99,19 @@ def less_loss(group: Mapping[str, Row], losses_bp: Mapping[str, float]) -> Estim
         return None
     fixed = [one for policy, one in group.items() if policy not in (*OURS, ALONE)]
     kept = [(one["loss_bp"], _attained(ours, one)) for one in fixed]
-    used = [_losses(part["profiles"], losses_bp) for part in ours["rounds"]]
+    # a turn is the least that counters tell apart
+    lost = [[part["loss_bp"]] * part["requests"] for part in ours["rounds"]]
     dice = random.Random(1)
     draws = [
         _less(
             [(loss_bp, resampled(both, dice)) for loss_bp, both in kept],
-            resampled([part for part in used if part] or [[0.0]], dice),
+            resampled(lost, dice),
         )
         for _ in range(RESAMPLES)
     ]
     whole = [(loss_bp, [pair for part in both for pair in part]) for loss_bp, both in kept]
-    value = _less(whole, [loss_bp for part in used for loss_bp in part] or [0.0])
-    return made(value, draws if len(used) >= LEAST_ROUNDS else [], ours["requests"])
+    value = _less(whole, [loss_bp for part in lost for loss_bp in part])
+    return made(value, draws if len(lost) >= LEAST_ROUNDS else [], ours["requests"])
 
 
 def hidden(group: Mapping[str, Row]) -> Estimate | None:
@@ -180,10 +177,6 @@ def _attained(ours: Row, other: Row) -> list[Sequence[tuple[bool, bool]]]:
     shorter = min(ours, other, key=lambda row: row["requests"])
     both = list(zip(ours["attained_each"], other["attained_each"], strict=False))
     return by_round(shorter, both)
-
-
-def _losses(used: Mapping[str, int], losses_bp: Mapping[str, float]) -> list[float]:
-    return [losses_bp[name] for name, count in used.items() for _ in range(count)]
 
 
 def _less(

@@ -79,7 +79,6 @@ def row(
     grown: Counter[str] = Counter()
     for turn in turns:
         grown.update(turn.grown)
-    used = _used(grown)
     attained = [not t.error and t.ttft_s - t.prefill_s <= objective_s for t in timings]
     arriving_s = sum(len(turn.timings) / turn.per_s for turn in turns if turn.per_s)
     prefill_s = sum(t.tokens * turn.prefill_s_per_token for turn in turns for t in turn.timings)
@@ -99,8 +98,8 @@ def row(
         "bytes_wire": sum(turn.bytes_wire for turn in turns),
         "errors": len(timings) - len(good),
         "recomputed": int(sum(v for k, v in grown.items() if "failures{receive" in k)),
-        "profiles": used,
-        "loss_bp": mean_loss_bp(used, losses_bp),
+        "profiles": _used(grown),
+        "loss_bp": mean_loss_bp(grown, losses_bp),
         "attained": sum(attained) / len(timings),
         "stages_s": _stages_s(grown),
         "rounds": [
@@ -109,6 +108,7 @@ def row(
                 "prefill_s_per_token": turn.prefill_s_per_token,
                 "per_s": turn.per_s,
                 "profiles": _used(turn.grown),
+                "loss_bp": mean_loss_bp(turn.grown, losses_bp),
                 "stages_s": _stages_s(turn.grown),
             }
             for turn in turns
@@ -122,15 +122,18 @@ def row(
     }
 
 
-def mean_loss_bp(used: Mapping[str, int], losses_bp: Mapping[str, float]) -> float:
-    """Return the mean loss of transfers, in basis points; none of no transfers.
+def mean_loss_bp(grown: Mapping[str, float], losses_bp: Mapping[str, float]) -> float:
+    """Return the mean over native bytes of the loss of what coded them, in basis points; none of no transfers.
+
+    A transfer whose rest was chosen for again has bytes of several profiles.
 
     Args:
-        used: How many transfers each profile coded.
+        grown: By how much the engines' counters grew.
         losses_bp: Of each profile.
     """
-    total = sum(used.values())
-    return sum(losses_bp[name] * count for name, count in used.items()) / total if total else 0.0
+    native = _received("native_bytes", grown)
+    total = sum(native.values())
+    return sum(losses_bp[name] * each for name, each in native.items()) / total if total else 0.0
 
 
 def by_round(one: Mapping[str, Any], each: Sequence[Each]) -> list[Sequence[Each]]:
@@ -211,11 +214,17 @@ def vs_best_static(rows: Iterable[Row], lossy: Iterable[str]) -> dict[str, dict[
 
 
 def _used(grown: Mapping[str, float]) -> dict[str, int]:
-    """Return how many transfers each profile coded."""
+    """Return of how many transfers each profile coded all or a part."""
+    return {name: int(value) for name, value in _received("transfers", grown).items()}
+
+
+def _received(counter: str, grown: Mapping[str, float]) -> dict[str, float]:
+    """Return by profile how much a counter of what was received grew."""
+    start = f"{counter}{{receive,"
     return {
-        key.partition(",")[2].rstrip("}"): int(value)
+        key.removeprefix(start).rstrip("}"): value
         for key, value in grown.items()
-        if key.startswith("transfers{receive,")
+        if key.startswith(start)
     }
 
 
@@ -229,5 +238,5 @@ def _stages_s(grown: Mapping[str, float]) -> dict[str, float]:
 def _link_s(grown: Mapping[str, float], mbit: float | None) -> float:
     """Return for how long what was received keeps the link busy, without headers; 0 unshaped."""
     # not the seconds between a transfer's begin and end: those of others pass the link meanwhile
-    received = sum(v for k, v in grown.items() if k.startswith("wire_bytes{receive"))
+    received = sum(_received("wire_bytes", grown).values())
     return received * 8 / (mbit * 1e6) if mbit else 0.0

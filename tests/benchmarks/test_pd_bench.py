@@ -186,6 +186,8 @@ def test_a_row_says_what_was_used_and_lost() -> None:
         timings=tuple(timings),
         grown={
             "transfers{receive,joint-3}": 1.0,
+            "native_bytes{receive,joint-3}": 2e6,
+            "native_bytes{receive,none}": 6e6,
             "transfers{receive,none}": 3.0,
             "transfers{send,none}": 9.0,
             "transfer_failures{receive,Timeout}": 2.0,
@@ -259,8 +261,8 @@ def test_less_loss_is_counted_at_equal_attainment(
     late, profile = ours
     quality = row(KVSERVE_QUALITY, *[LATE] * late, *[IN_TIME] * (12 - late), rounds=6)
     for part in quality["rounds"]:
-        part["profiles"] = {profile: part["requests"]}
-    found = pd_claims.less_loss(group | {KVSERVE_QUALITY: quality}, QUALITY)
+        part["loss_bp"] = QUALITY[profile]
+    found = pd_claims.less_loss(group | {KVSERVE_QUALITY: quality})
     assert found is not None
     assert found.value == times
     assert found.low <= found.value <= found.high
@@ -284,7 +286,7 @@ def test_claims_hold_or_are_missed_by_what_was_measured() -> None:
             rounds=4,
         ),
     ]
-    found = pd_claims.claims(rows, [], {})
+    found = pd_claims.claims(rows, [])
     assert [(round(one["value"], 3), one["verdict"]) for one in found] == [
         (10.0, "holds"),
         (1.05, "missed"),
@@ -292,9 +294,7 @@ def test_claims_hold_or_are_missed_by_what_was_measured() -> None:
         (1.04, "holds"),
     ]
     assert "12.0 times as long as their prefills" in found[0]["claim"]
-    few = pd_claims.claims(
-        [row(RAW, 1.0, name=ONE_BY_ONE), row(ALONE, 1.0, name=ONE_BY_ONE)], [], {}
-    )
+    few = pd_claims.claims([row(RAW, 1.0, name=ONE_BY_ONE), row(ALONE, 1.0, name=ONE_BY_ONE)], [])
     assert [(one["verdict"], one["low"]) for one in few] == [("unclear", None)]
 
 
@@ -304,7 +304,7 @@ def test_outside_of_the_regime_its_claim_is_unclear() -> None:
         row(RAW, *[30.0] * 8, name=PAPERS_REGIME, link_s=9.0, prefills_s=1.0),
         row(KVSERVE, *[3.0] * 8, name=PAPERS_REGIME),
     ]
-    (found,) = pd_claims.claims(rows, [], {})
+    (found,) = pd_claims.claims(rows, [])
     assert (found["value"], found["verdict"], found["holds"]) == (10.0, "unclear", False)
 
 
@@ -315,14 +315,18 @@ def test_turns_add_up() -> None:
             TURN,
             timings=(Timing(at_s=0.0, tokens=500, prefill_s=0.5, ttft_s=1.0, jct_s=jct_s),) * 2,
             bytes_wire=3,
-            grown={f"transfers{{receive,{name}}}": 2.0, "total_seconds{receive,x}": 1.0},
+            grown={
+                f"transfers{{receive,{name}}}": 2.0,
+                f"native_bytes{{receive,{name}}}": native_bytes,
+                "total_seconds{receive,x}": 1.0,
+            },
             per_s=per_s,
         )
-        for jct_s, per_s, name in ((1.0, 1.0, "a"), (2.0, 0.5, "b"))
+        for jct_s, per_s, name, native_bytes in ((1.0, 1.0, "a", 30.0), (2.0, 0.5, "b", 10.0))
     ]
     found = pd_rows.row(CONDITION, RAW, turns, mbit=20.0, losses_bp={"a": 1, "b": 3}, objective_s=1)
     assert found["jct_each_s"] == [1.0, 1.0, 2.0, 2.0]
-    assert (found["bytes_wire"], found["profiles"], found["loss_bp"]) == (6, {"a": 2, "b": 2}, 2.0)
+    assert (found["bytes_wire"], found["profiles"], found["loss_bp"]) == (6, {"a": 2, "b": 2}, 1.5)
     assert found["stages_s"]["total"] == 2.0
     assert found["per_s"] == pytest.approx(4 / 6)
     assert [part["profiles"] for part in found["rounds"]] == [{"a": 2}, {"b": 2}]
