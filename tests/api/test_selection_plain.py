@@ -61,10 +61,13 @@ def weigh(drawn: DecisionTable, size: int, link: Link, chunks: int, incumbent: s
         )
         percentile_s = p.total_s * rule.margins.get(name, 1.0)
         keeps = latency or name == incumbent or not incumbent
-        limit_s = rule.deadline_s if keeps else rule.deadline_s / (1 + drawn.hysteresis)
-        level = (
-            LATE if percentile_s > rule.deadline_s else TIGHT if percentile_s > limit_s else FITS
-        )
+        # what the prefill hides comes on top of the deadline, but for the last chunk
+        deadline_s = rule.deadline_s + link.hidden_s
+        limit_s = deadline_s if keeps else deadline_s / (1 + drawn.hysteresis)
+        level = LATE if percentile_s > deadline_s else TIGHT if percentile_s > limit_s else FITS
+        last_s = (p.encode_s + p.wire_s + p.decode_s) / chunks
+        if link.hidden_s and last_s * rule.margins.get(name, 1.0) > rule.deadline_s:
+            level = LATE
         merit = p.total_s + p.others_s
         if p.utilisation > MOST_UTILISATION:
             level = UNSTABLE
