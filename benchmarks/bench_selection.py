@@ -29,7 +29,8 @@ from kvserve_api.table import (
 )
 from kvserve_connector.coding import known_stages
 from kvserve_connector.links import LinkBook, LinkState
-from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_connector.ready import ReadyTable
+from kvserve_connector.selector import Selector
 from kvserve_strategies import PRESETS
 
 ROUNDS = 50_000

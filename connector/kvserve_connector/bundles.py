@@ -16,7 +16,7 @@ from kvserve_api.errors import ArtifactError, SpecError, UnavailableError, Unsup
 from kvserve_api.table import DecisionTable
 from kvserve_api.wire import KVLayout
 from kvserve_connector.config import PATH, ConnectorConfig
-from kvserve_connector.selector import Carries, carries_all
+from kvserve_connector.ready import Carries, carries_all
 from kvserve_strategies import Pipeline
 from kvserve_strategies.artifacts import Store, open_store
 from kvserve_strategies.bundle import BasisKey, Bundle

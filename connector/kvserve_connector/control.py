@@ -26,7 +26,8 @@ from kvserve_connector.channel import Call, explain, open_channel, prove
 from kvserve_connector.config import PATH, ConnectorConfig
 from kvserve_connector.control_messages import Identity, hello_message, nack_message, report_message
 from kvserve_connector.outcome import Outcome
-from kvserve_connector.selector import Carries, ReadyTable, Selector, carries_all
+from kvserve_connector.ready import Carries, ReadyTable, carries_all
+from kvserve_connector.selector import Selector
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,11 @@
-"""The table in force in this pod, and the choice it makes for each transfer.
-
-A table is made ready once, when it arrives: its pipelines are built, with the calibration bundles that were fetched for
-it, and for each kind of consumer the candidates that it can't decode are struck out. Choosing then is arithmetic on
-values that never change; a new table replaces all of them at once.
-"""
+"""The table in force in this pod, and the choice it makes for each transfer: arithmetic on values that never change."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from kvserve_api.decision import Decision
-from kvserve_api.errors import StrategyError
 from kvserve_api.latency import Link, StageCost
 from kvserve_api.policy import Mode
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE
@@ -22,12 +14,11 @@ from kvserve_api.table import DecisionTable, OnControllerLoss, Version
 from kvserve_connector.coding import raw_pipeline
 from kvserve_connector.loads import Credit
 from kvserve_connector.midway import by_merit
+from kvserve_connector.ready import ReadyTable
 from kvserve_strategies import Pipeline
-from kvserve_strategies.bundle import Bundle
 
 DEFAULT_BYTES_PER_S: Final = 125e6
 """Goodput to assume of an unmeasured link without a table: 1 Gbit/s."""
-MAX_VIEWS: Final = 64
 MAX_INCUMBENTS: Final = 1024
 """For so many pairs of consumer and workload class it is remembered which profile is in use."""
 MAX_DECISIONS: Final = 50
@@ -39,14 +30,6 @@ _new: Final = tuple.__new__
 # to look a member up in its enum takes as long as ten comparisons, and a transfer waits
 _EXPLORED: Final = Bound.EXPLORED
 _REVERT: Final = OnControllerLoss.REVERT
-_NO_BUNDLES: Final[Mapping[str, Bundle]] = MappingProxyType({})
-Carries: TypeAlias = Callable[[Pipeline], bool]
-"""Tells of a pipeline whether it may code an engine's cache."""
-
-
-def carries_all(pipeline: Pipeline) -> bool:
-    """Let every pipeline code: the cache is plain keys and values."""
-    return True
 
 
 class Choice(NamedTuple):
@@ -67,66 +50,6 @@ class Choice(NamedTuple):
     version: Version | None
     encode: StageCost = _FREE
     decode: StageCost = _FREE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadyTable:
-    """A table with everything built that its profiles need.
-
-    Attributes:
-        table: The table.
-        pipelines: For each candidate that may code this engine's cache its pipeline.
-        bundles: Every calibration bundle that they use, by digest.
-        views: For each set of stages and bundles a consumer has: the table without what it can't decode. Filled on
-            demand.
-    """
-
-    table: DecisionTable
-    pipelines: Mapping[str, Pipeline]
-    bundles: Mapping[str, Bundle] = field(default_factory=dict)
-    views: dict[tuple[frozenset[str], frozenset[str]], DecisionTable] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        table: DecisionTable,
-        bundles: Mapping[str, Bundle] = _NO_BUNDLES,
-        carries: Carries = carries_all,
-    ) -> "ReadyTable":
-        """Build what the table needs.
-
-        Args:
-            table: The table.
-            bundles: The calibration bundles that it wants, by digest.
-            carries: Tells of a pipeline whether it may code this engine's cache; candidates that may not are left out.
-
-        Raises:
-            StrategyError: A strategy can't work here, or not without a bundle.
-        """
-        pipelines = {
-            name: Pipeline.of(candidate.strategy, bundles.get(candidate.bundle or ""))
-            for name, candidate in table.candidates.items()
-            if name == NONE or carries(Pipeline.of(candidate.strategy))
-        }
-        for name, pipeline in pipelines.items():
-            if pipeline.calibrated and pipeline.bundle is None:
-                raise StrategyError(name, "needs a calibration bundle, and the table names none")
-        return cls(table=table, pipelines=pipelines, bundles=bundles)
-
-    def decodable(self, stages: frozenset[str], bundles: frozenset[str]) -> DecisionTable:
-        """Return the table as it applies to a consumer with these stages and bundles."""
-        view = self.views.get((stages, bundles))
-        if view is None:
-            able = {
-                name
-                for name, pipeline in self.pipelines.items()
-                if stages.issuperset(pipeline.stage_ids)
-                and (pipeline.bundle is None or pipeline.bundle.digest in bundles)
-            }
-            view = _restrict(self.table, able | {NONE})
-            if len(self.views) < MAX_VIEWS:
-                self.views[stages, bundles] = view
-        return view
 
 
 class Selector:
@@ -378,23 +301,6 @@ def _chosen(ready: ReadyTable, selection: Selection) -> Choice:
             candidate.decode,
         ),
     )
-
-
-def _restrict(table: DecisionTable, able: set[str]) -> DecisionTable:
-    """Return the table with only what a consumer can decode; the table itself if that is all."""
-    if able.issuperset(table.candidates):
-        return table
-    rules = {
-        name: replace(
-            rule,
-            candidates=tuple(c for c in rule.candidates if c in able) or (NONE,),
-            margins={c: margin for c, margin in rule.margins.items() if c in able},
-        )
-        for name, rule in table.rules.items()
-    }
-    pinned = NONE if table.pinned is not None and table.pinned not in able else table.pinned
-    fallback = table.fallback if table.fallback in able else NONE
-    return replace(table, rules=rules, pinned=pinned, fallback=fallback)
 
 
 def _explain(

@@ -9,7 +9,7 @@ from kvserve_connector.chunks import ahead_layers, plan_form
 from kvserve_connector.coding import ChunkCoder, raw_pipeline
 from kvserve_connector.engine import Engine
 from kvserve_connector.midway import common_step
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_strategies import Pipeline
 
 REHEARSED_TOKENS: Final = 8192

@@ -34,8 +34,9 @@ from kvserve_connector.metrics import Data, Metrics
 from kvserve_connector.outcome import Outcome
 from kvserve_connector.processors import processors
 from kvserve_connector.pulls import Pulls
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.remote import Remote
-from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_connector.selector import Selector
 from kvserve_connector.server import TransferServer
 from kvserve_connector.stores.messages import StoreNews
 from kvserve_connector.stores.sealed import no_secrets

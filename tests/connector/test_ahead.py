@@ -9,7 +9,7 @@ import torch
 from kv_loopback import LAYOUT, Pair, pair
 from kvserve_connector.ahead import Ahead
 from kvserve_connector.chunks import Chunk
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from tables import table
 
 FROM, TO = (3, 9, 5, 20, 11), (1, 2, 4, 8, 16)

@@ -26,8 +26,9 @@ from kvserve_connector.control import MAX_REPORTS, ControlClient
 from kvserve_connector.control_messages import Identity
 from kvserve_connector.handover import Load
 from kvserve_connector.outcome import Outcome
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.remote import Remote
-from kvserve_connector.selector import ReadyTable, Selector
+from kvserve_connector.selector import Selector
 from kvserve_strategies.artifacts import Store, open_store
 from random_bundles import joint_strategy, write_sample
 from tables import candidate, table

@@ -26,7 +26,7 @@ from kv_loopback import ENGINE, LAYOUT, Pair, make_cache, pair
 from kvserve_api.errors import UnavailableError
 from kvserve_connector import carriers
 from kvserve_connector.protocol import HEADER, HEADER_BYTES, Kind, pack_message
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.stores.folder import FolderStore
 from kvserve_strategies.artifacts import open_store
 from producer_process import BLOCKS, TOKENS, ProducerProcess, producer_process

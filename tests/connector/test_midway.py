@@ -28,7 +28,8 @@ from kvserve_connector.goodput import Goodput
 from kvserve_connector.links import LinkBook, LinkState
 from kvserve_connector.midway import MOST_CHANGES, MOVED, by_merit, common_step, follows, moved
 from kvserve_connector.outcome import Outcome
-from kvserve_connector.selector import Choice, ReadyTable, Selector
+from kvserve_connector.ready import ReadyTable
+from kvserve_connector.selector import Choice, Selector
 from kvserve_strategies import Pipeline
 from tables import RATIOS, candidate, table
 

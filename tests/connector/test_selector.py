@@ -12,7 +12,8 @@ from kvserve_api.selection import Bound, Selection
 from kvserve_api.strategy import Kind, Part, StageConfig, StrategyConfig
 from kvserve_api.table import ClassRule, DecisionTable, Doubt, OnControllerLoss, Version
 from kvserve_connector.coding import known_stages, raw_pipeline
-from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, ReadyTable, Selector
+from kvserve_connector.ready import ReadyTable
+from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Choice, Selector
 from kvserve_strategies import Pipeline
 from random_bundles import joint_strategy, write_sample
 from tables import candidate, table

@@ -26,7 +26,7 @@ from kvserve_connector.links import LinkState
 from kvserve_connector.outcome import Outcome
 from kvserve_connector.pieces import Offer, pack_staged
 from kvserve_connector.protocol import Kind, pack_header
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.staged import StagedReceiver, StagedSender
 from kvserve_connector.staging import PIECE_BYTES, Reader, Staging, nixl
 from nixl_producer import FROM, TOKENS

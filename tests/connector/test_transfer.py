@@ -18,7 +18,7 @@ from kvserve_connector.chunks import ahead_layers, plan_ahead, plan_form
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.goodput import Goodput
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_strategies import PRESETS, Pipeline
 from kvserve_strategies.bundle import Bundle
 from kvserve_strategies.matrices import matrices_of

@@ -10,7 +10,7 @@ import torch
 from kv_loopback import BLOCK, ENGINE, FORM, make_cache
 from kvserve_connector.chunks import Chunk
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.warmup import WarmUp
 from kvserve_strategies import Pipeline, preset
 from tables import table

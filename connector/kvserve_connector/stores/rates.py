@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE
-from kvserve_connector.selector import ReadyTable
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.stores.keys import Rate
 from kvserve_connector.stores.link import PRIOR_DECODE
 from kvserve_strategies import Pipeline, preset
