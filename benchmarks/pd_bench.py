@@ -15,11 +15,11 @@ prefill`` ask the decode engine when the prefill has ended, as routers in NIXL's
 
 Policies take turns, with the same requests in each round, and are compared request by request. A prefill is measured
 again all the time: loads, and the link of the paper's regime, follow from what it takes then. ``--minutes N`` gives the
-time there is, which decides how many rounds there are. It prints tables, or JSON with ``--json``, writes
-``build/bench/pd.json`` and draws ``docs/figures/pd.png``; ``--markdown`` prints the tables of ``docs/benchmarks.md``
-from that file instead. ``QUICK=1`` takes two minutes, besides the engines' start: fewer links, policies and requests;
-it leaves the committed figure alone. The first run calibrates the model and measures the profiles, which takes six
-minutes more, once.
+time there is, which decides how many rounds there are, and ``--only NAME`` measures one link alone. It prints tables,
+or JSON with ``--json``, writes ``build/bench/pd.json`` and draws ``docs/figures/pd.png``; ``--markdown`` prints the
+tables of ``docs/benchmarks.md`` from that file instead. ``QUICK=1`` takes two minutes, besides the engines' start:
+fewer links, policies and requests; it leaves the committed figure alone. The first run calibrates the model and
+measures the profiles, which takes six minutes more, once.
 
 Prompts are made of the project's data folder (WikiText-2 test, HumanEval, GSM8K test; ``--texts``); where it is not, of
 the profiler's built-in corpus.
@@ -45,7 +45,7 @@ import pd_model
 import pd_profiles
 import pd_rows
 import pd_servers
-from kvserve_api.errors import KVServeError
+from kvserve_api.errors import KVServeError, SpecError
 from kvserve_api.profile_set import DEFAULT_CLASS
 from pd_options import OUT, ROOT, parser
 from pd_plan import START_S, plan
@@ -65,6 +65,11 @@ NOTES: Final = (
 
 def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     """Do all that ``make bench-pd`` does, and return the document."""
+    planned = plan(options.minutes, quick=quick)
+    conditions = [one for one in planned if options.only in (None, one.name)]
+    if not conditions:
+        names = ", ".join(one.name for one in planned)
+        raise SpecError("--only", f"must be one of {names}, got {options.only!r}")
     start_s = time.perf_counter()
     model = (options.model or pd_profiles.model_folder()).resolve()
     pareto = pd_profiles.measured(model, options.bundle, options.cache)
@@ -84,7 +89,6 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
         clock = Clock(starts_s=time.perf_counter(), budget_s=options.minutes * 60)
         _say(f"the engines run after {clock.starts_s - start_s:.0f} s; logs: {OUT / 'pd-logs'}")
         generate_s = run.warm_up()
-        conditions = plan(options.minutes, quick=quick)
         for row in compare(run, conditions, clock, notes, _say):
             rows.append(row)
             _say(_line(row) + f"  [{time.perf_counter() - start_s:.0f} s]")
@@ -156,6 +160,7 @@ def main() -> int:
     known.add_argument(
         "--markdown", action="store_true", help=f"print the tables of {DOCUMENT.name} for the docs"
     )
+    known.add_argument("--only", help="a link alone, as tables name it; no figure is drawn")
     options = known.parse_args()
     if options.markdown:
         return _markdown()
@@ -170,9 +175,10 @@ def main() -> int:
         return 1
     OUT.mkdir(parents=True, exist_ok=True)
     DOCUMENT.write_text(json.dumps(document, indent=2) + "\n")
-    from pd_figure import draw  # matplotlib is slow to import
+    if options.only is None:
+        from pd_figure import draw  # matplotlib is slow to import
 
-    draw(document, OUT / "pd-quick.png" if quick else FIGURE)
+        draw(document, OUT / "pd-quick.png" if quick else FIGURE)
     if options.json:
         print(json.dumps(document))
     else:

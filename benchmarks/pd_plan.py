@@ -15,15 +15,17 @@ STATICS: Final = ("focus-3-fine", "focus-3", "joint-3-fine")
 """Over the moving link, in every round: within the quality budget, and each can be the best."""
 ONCE: Final = (RAW,)
 """Over the moving link, in its first round only: it never was near the best there."""
-FEW: Final = ("cachegen", "joint-10")
+SMALL: Final = "joint-10"
+FEW: Final = ("cachegen", SMALL)
 """In the paper's regime."""
 ONE_BY_ONE: Final = "one by one"
 OVERLAP: Final = "overlap"
 PAPERS_REGIME: Final = "paper's regime"
 MOVING: Final = "moving"
 RATES_MBIT: Final = (100, 1000)
-HIDING: Final = "joint-10"
-"""The profile with which it is measured how much of a transfer hides behind its prefill."""
+HIDING: Final = "focus-3-fine"
+"""The profile with which it is measured how much of a transfer hides behind its prefill: of all presets its ratio, 11.4
+on SmolLM2, is the nearest to the twelve that the target names."""
 LATE: Final = " after prefill"
 """Marks a policy whose decode engine asks when the prefill has ended, not when it begins."""
 RATE_SHARE: Final = 0.04
@@ -179,7 +181,7 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         Condition(
             name=f"{mbit} Mbit/s",
             mbit=float(mbit),
-            policies=(RAW, KVSERVE, HIDING),
+            policies=(RAW, KVSERVE, SMALL),
             requests=scaled(3),
             rounds=4,
             ends=1 - (len(RATES_MBIT) - number) * RATE_SHARE,
