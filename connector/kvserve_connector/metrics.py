@@ -1,7 +1,7 @@
 """What the connector counts, over OpenTelemetry and as plain totals for vLLM's own pages."""
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from opentelemetry import metrics
@@ -137,10 +137,15 @@ class Metrics:
         )
 
     def sent(self, parts: Mapping[str, Part], transport: str) -> None:
-        """Count a transfer that was sent whole, once for each profile that coded some of it."""
-        for profile, part in parts.items():
+        """Count a transfer that was sent whole: as one of the first profile, bytes and seconds by what coded them."""
+        for number, (profile, part) in enumerate(parts.items()):
             self._count(
-                "send", profile, part.native_bytes, part.wire_bytes, {"encode": part.encode_s}
+                "send",
+                profile,
+                part.native_bytes,
+                part.wire_bytes,
+                {"encode": part.encode_s},
+                transfers=0 if number else 1,
             )
         with self._lock:
             add_count(self._totals, "transports", f"send {transport}")
@@ -150,15 +155,18 @@ class Metrics:
         if outcome.failure or outcome.accept is None:
             self.failed("receive", outcome.failure)
             return
+        parts = outcome.parts
         self._split(
             "receive",
-            {name: (part.native_bytes, part.wire_bytes) for name, part in outcome.parts.items()},
+            {name: (part.native_bytes, part.wire_bytes) for name, part in parts.items()},
             {
                 "wire": outcome.wire_s,
                 "decode": outcome.decode_s,
                 "total": outcome.total_s,
                 "exposed": outcome.exposed_s,
             },
+            # one transfer, of the profile that it began with
+            counted={outcome.accept.profile} & parts.keys() or set(list(parts)[:1]),
         )
         with self._lock:
             add_count(self._totals, "transports", f"receive {outcome.transport}")
@@ -229,11 +237,14 @@ class Metrics:
         direction: str,
         profiles: Mapping[str, tuple[int, int]],
         stages_s: Mapping[str, float],
+        counted: Collection[str] | None = None,
     ) -> None:
+        """Count by profile; a transfer of each, or only of those that are ``counted``."""
         total = sum(native_bytes for native_bytes, _ in profiles.values())
         for profile, (native_bytes, wire_bytes) in profiles.items():
             parts_s = {name: value * native_bytes / total for name, value in stages_s.items()}
-            self._count(direction, profile, native_bytes, wire_bytes, parts_s)
+            transfers = int(counted is None or profile in counted)
+            self._count(direction, profile, native_bytes, wire_bytes, parts_s, transfers=transfers)
 
     def _count(
         self,
@@ -242,6 +253,8 @@ class Metrics:
         native_bytes: int,
         wire_bytes: int,
         stages_s: dict[str, float],
+        *,
+        transfers: int,
     ) -> None:
         marks = {ATTR_DIRECTION: direction, ATTR_PROFILE: profile}
         self._native.add(native_bytes, marks)
@@ -250,4 +263,8 @@ class Metrics:
             self._stages.record(seconds, {ATTR_STAGE: stage, ATTR_PROFILE: profile})
         times = [stages_s.get(name.removesuffix("_s"), 0.0) for name in ROW[3:]]
         with self._lock:
-            add_row(self._totals, f"{direction} {profile}", [1, native_bytes, wire_bytes, *times])
+            add_row(
+                self._totals,
+                f"{direction} {profile}",
+                [transfers, native_bytes, wire_bytes, *times],
+            )

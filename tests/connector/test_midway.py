@@ -116,6 +116,8 @@ def test_reports_say_what_each_profile_coded() -> None:
         }
         for way in ("send", "receive"):
             of_none, of_int4 = rows[f"{way} none"], rows[f"{way} int4-token"]
+            # one transfer, of the profile that it began with
+            assert (of_none[0], of_int4[0]) == (1, 0)
             assert of_none[1] + of_int4[1] == NATIVE_BYTES
             assert of_none[1] / of_none[2] < 1 < of_int4[1] / of_int4[2]
         assert rows["receive none"][6] + rows["receive int4-token"][6] == pytest.approx(
