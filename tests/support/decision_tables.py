@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvserve_api.latency import Link, Load, StageCost
+from kvserve_api.latency import NO_LOAD, Link, Load, StageCost
 from kvserve_api.policy import Goal, Mode
 from kvserve_api.profile_set import NONE, Profile
 from kvserve_api.table import (
@@ -100,7 +100,10 @@ links = st.builds(
     backlog_bytes=st.floats(0, 1e9),
     rtt_s=st.floats(0, 0.1),
 )
-loads = st.builds(Load, arrivals_per_s=st.floats(0, 50), native_bytes_per_s=st.floats(0, 1e9))
+# no transfers bring no bytes: 0 arrivals say that nothing is known
+loads = st.just(NO_LOAD) | st.builds(
+    Load, arrivals_per_s=st.floats(1e-6, 50), native_bytes_per_s=st.floats(0, 1e9)
+)
 busy_links = st.builds(
     Link,
     bytes_per_s=st.floats(1e5, 1e10),
