@@ -34,9 +34,10 @@ KIB: Final = 1024
 LLAMA_8B: Final = 128 * KIB
 QWEN_32B: Final = 256 * KIB
 SMOLLM2: Final = 22.5 * KIB
+"""Bytes of KV a token."""
 SMOLLM2_LAYOUT: Final = KVLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
 CHUNK_LAYERS: Final = ConnectorConfig().chunk_layers
-"""Bytes of KV a token."""
+"""Most layers of a chunk, as the connector has it by default."""
 LEAST_TOKENS: Final = 32
 PROMPT_TOKENS: Final = tuple(n for n, w in zip(LENGTHS, WEIGHTS, strict=True) for _ in range(w))
 """Lengths of prompts as often as ``make bench-pd`` has them."""

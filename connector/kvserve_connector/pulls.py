@@ -15,6 +15,7 @@ from kvserve_api.errors import (
     WireError,
     WireReason,
 )
+from kvserve_api.latency import Link
 from kvserve_api.profile_set import NONE
 from kvserve_api.telemetry import (
     ATTR_BOUND,
@@ -229,16 +230,22 @@ class Pulls:
             return StagedSender(frames, link, self.staging, self._config.stall_s)
         return TcpSender(frames, link)
 
+    def _known(self, peer: str, pull: Pull, claim: Claim) -> Link:
+        """Return what is known now of the way to a consumer."""
+        return self._links.link(peer).snapshot(
+            self._selector.prior_bytes_per_s,
+            self._links.coders,
+            pull.decode_delays,
+            hidden_s=claim.left_s,
+        )
+
     def _choose(
         self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
     ) -> Choice:
-        known = self._links.link(peer).snapshot(
-            self._selector.prior_bytes_per_s, self._links.coders, pull.decode_delays, claim.left_s
-        )
         return self._selector.choose(
             claim.prefill.workload,
             native_bytes=self._form.native_bytes(pull.tokens),
-            link=known,
+            link=self._known(peer, pull, claim),
             chunks=chunks,
             stages=pull.stages,
             bundles=pull.bundles,
@@ -250,19 +257,13 @@ class Pulls:
         self, peer: str, pull: Pull, claim: Claim, patience: Patience, rest: Rest
     ) -> Choice | None:
         """Choose again for what nobody has begun to code; see `kvserve_connector.midway`."""
-        known = self._links.link(peer).snapshot(
-            self._selector.prior_bytes_per_s,
-            self._links.coders,
-            pull.decode_delays,
-            hidden_s=claim.left_s,
-        )
         layers = [part.layout.layers for part in self._form.parts]
         return self._selector.choose_rest(
             claim.prefill.workload,
             before=rest.before,
             before_bytes_per_s=rest.before_bytes_per_s,
             native_bytes=rest.native_bytes,
-            link=known,
+            link=self._known(peer, pull, claim),
             chunks=len(rest.chunks),
             follows=lambda pipeline: follows(pipeline.layer_step, layers, rest.chunks),
             # the deadline begins when the prefill has ended and is asked for

@@ -31,7 +31,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 """Largest message either side accepts."""
 MAX_NAME = 63
 MAX_PEER = 253
-_TIMES = ("wall_s", "allowance_s", "predicted_s", "extra_s", "spent_s", "before_bytes_per_s")
+_NOT_NEGATIVE = ("wall_s", "allowance_s", "predicted_s", "extra_s", "spent_s", "before_bytes_per_s")
 
 
 def version_to_message(version: Version) -> pb.Version:
@@ -214,7 +214,7 @@ def decision_from_message(message: pb.Decision) -> Decision:
         raise SpecError("peer", "and workload must be names")
     if not (message.native_bytes > 0 and message.chunks > 0):
         raise SpecError("native_bytes", "and chunks must be positive")
-    for name in _TIMES:
+    for name in _NOT_NEGATIVE:
         if not 0 <= getattr(message, name) < math.inf:
             raise SpecError(name, f"must be finite and not negative: {getattr(message, name)}")
     return Decision(
