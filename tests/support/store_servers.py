@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -27,9 +28,11 @@ _started: list["subprocess.Popen[bytes]"] = []
 """They end with the tests."""
 
 
-def start_redis(*options: str) -> int:
+def start_redis(*options: str, password: str | None = None) -> int:
     """Start a Redis server that keeps nothing on disk; return its port."""
     port = free_port()
+    if password is not None:
+        options = (*options, "--requirepass", password)
     # Debian's redis-tools holds the server under another name: it looks at the name it is called by
     program = shutil.which("redis-server") or shutil.which("redis-check-rdb")
     assert program is not None, "install redis-tools"
@@ -37,8 +40,8 @@ def start_redis(*options: str) -> int:
     process = subprocess.Popen(
         arguments, executable=program, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent
     )
-    client = redis.Redis(port=port)
-    _wait(process, lambda: _answers(client))
+    client = redis.Redis(port=port, password=password)
+    _wait(process, lambda: _serving_pid(client) == process.pid)
     return port
 
 
@@ -96,14 +99,13 @@ def _wait(process: "subprocess.Popen[bytes]", ready: Callable[[], bool]) -> None
         time.sleep(0.02)
 
 
-def _answers(client: redis.Redis) -> bool:
+def _serving_pid(client: redis.Redis) -> int | None:
+    """Return whose the answers are: another's server may have taken the port in between."""
     try:
-        client.ping()
-    except redis.AuthenticationError:
-        return True
-    except redis.ConnectionError:
-        return False
-    return True
+        info: Any = client.info("server")
+    except redis.RedisError:
+        return None
+    return int(info["process_id"])
 
 
 def _serves(endpoint: str) -> bool:

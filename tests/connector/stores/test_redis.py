@@ -83,7 +83,7 @@ def test_a_full_server_is_unavailable() -> None:
 
 def test_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that wants a password gets the one of the environment; without, it is unavailable."""
-    url = f"redis://127.0.0.1:{start_redis('--requirepass', PASSWORD)}"
+    url = f"redis://127.0.0.1:{start_redis(password=PASSWORD)}"
     with pytest.raises(UnavailableError, match=r"[Aa]uthentication"):
         open_kv_store(url, max_bytes=1, ttl_s=9, timeout_s=SOON).exists(["a"], timeout_s=SOON)
     monkeypatch.setenv(ENV_STORE_PASSWORD, PASSWORD)
