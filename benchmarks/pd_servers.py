@@ -287,7 +287,31 @@ def _start(
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": dict(connector),
     }
-    env = system_env() | {
+    return start_engine(end, core, transfer, model, folder, max_tokens=max_tokens)
+
+
+def start_engine(
+    end: End,
+    core: int,
+    transfer: Mapping[str, Any],
+    model: Path,
+    folder: Path,
+    *,
+    max_tokens: int,
+    env: Mapping[str, str] | None = None,
+) -> Engine:
+    """Start a vLLM server on one core, without waiting for it.
+
+    Args:
+        end: The namespace it runs in.
+        core: Its core.
+        transfer: vLLM's ``--kv-transfer-config``.
+        model: Folder of the model.
+        folder: For its log.
+        max_tokens: Most tokens of a prompt and its answer.
+        env: More of its environment.
+    """
+    environment = system_env() | {
         "VLLM_CPU_OMP_THREADS_BIND": str(core),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -311,7 +335,7 @@ def _start(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env=env,
+            env=environment | dict(env or {}),
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,7 +1,8 @@
 """Get the code of peers to measure ours against: ``python benchmarks/peers_fetch.py`` prints where it lies.
 
 Each package is downloaded as a wheel by pip, checked against a digest that is pinned here, and unpacked below
-``build/peers``: nothing is installed, nothing of it is committed, and of LMCache only the files of CacheGen are kept.
+``build/peers``: nothing is installed, nothing of it is committed. Of LMCache the files of CacheGen are kept, which run
+without what the package imports, and all of it beside, with what its server imports (see `store_lmcache`).
 What is there is not downloaded again. The wheels are those of CPython 3.11 on x86-64 Linux, which the project's
 environment runs on.
 """
@@ -33,17 +34,19 @@ class Peer:
         sha256: Of its wheel.
         licence: Under which its code is.
         members: The files to keep, by the beginning of their path; all if empty.
+        whole: It is a package of which another entry keeps parts: its folder has another name.
     """
 
     requirement: str
     sha256: str
     licence: str
     members: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def folder(self) -> str:
         """The name of its folder, of its version."""
-        return self.requirement.replace("==", "-")
+        return self.requirement.replace("==", "-") + ("-whole" if self.whole else "")
 
 
 PEERS: Final[dict[str, Peer]] = {
@@ -57,6 +60,37 @@ PEERS: Final[dict[str, Peer]] = {
             "lmcache/v1/platform/torch_ops/cachegen_kernels.py",
             "lmcache-0.5.6.dist-info/licenses/",
         ),
+    ),
+    "lmcache-whole": Peer(
+        requirement="lmcache==0.5.6",
+        sha256="14530ff72b96056e894c9b8dc70c10d019e7802799bbfde9cec298700b799194",
+        licence="Apache-2.0",
+        whole=True,
+    ),
+    "aiofile": Peer(
+        requirement="aiofile==3.12.3",
+        sha256="5c1bcc9e929c50834608e8cc1a4cc1d7503eb60c15a535b779fd39e2f372c017",
+        licence="Apache-2.0",
+    ),
+    "aiofiles": Peer(
+        requirement="aiofiles==25.1.0",
+        sha256="abe311e527c862958650f9438e859c1fa7568a141b22abcd015e120e86a85695",
+        licence="Apache-2.0",
+    ),
+    "caio": Peer(
+        requirement="caio==0.12.10",
+        sha256="b34a5483b987d207348ebbf86921bc42f08abcde833b91e0caa8760c7daa2f03",
+        licence="Apache-2.0",
+    ),
+    "nvtx": Peer(
+        requirement="nvtx==0.2.17",
+        sha256="80fcb6fa62756ab012ddbe2d514757da060363ce6cd52fdfc840dcfe78b01d29",
+        licence="Apache-2.0 WITH LLVM-exception",
+    ),
+    "sortedcontainers": Peer(
+        requirement="sortedcontainers==2.4.0",
+        sha256="a163dcaede0f1c021485e957a39245190e74249897e2ae4b2aa38595db237ee0",
+        licence="Apache-2.0",
     ),
     "lmcache-turbo-quant-serde": Peer(
         requirement="lmcache-turbo-quant-serde==0.1.0",

@@ -7,6 +7,8 @@ or, over one link, 8,000 tokens are in the store, and a few new ones follow. Mod
 * ``recompute``: nothing is there;
 * ``floor``: the few new tokens alone, without a prefix: what the engine takes anyway, so no store can be faster;
 * ``raw`` and fixed profiles: the store's values are coded with it, and always fetched;
+* ``lmcache``: LMCache in the place of KVServe, with the same Redis (`store_lmcache`); left out with ``--no-lmcache``,
+  for another store, and where its packages can't be had;
 * ``kvserve``: the controller's table decides how they are coded, and the engine whether to fetch or to compute.
 
 It says how long it will take, prints a table, or JSON with ``--json``, writes ``build/bench/store.json`` and draws
@@ -15,83 +17,51 @@ it leaves the committed figure alone. Prompts and profiles are as in `pd_bench`.
 """
 
 import argparse
-import asyncio
 import json
 import os
-import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import httpx
 from rich.console import Console
 
 import pd_links
 import pd_load
 import pd_profiles
 import pd_servers
+import store_lmcache
+import store_redis
 from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import NONE, ParetoSet
-from pd_links import End
 from pd_options import OUT, ROOT, parser
 from pd_plan import START_S
-from pd_rows import percentiles
 from pd_tables import claim_table, machine
-from store_rows import FLOOR, KVSERVE, RAW, RECOMPUTE, Row, claims, link_name, table, vs_recompute
-from testcluster.process import die_with_parent
+from peers_fetch import FetchError
+from store_plan import QUICK, Size
+from store_prompts import SUFFIX_TOKENS, Prompts, first_token_s
+from store_rows import (
+    FLOOR,
+    KVSERVE,
+    RAW,
+    RECOMPUTE,
+    Row,
+    claims,
+    link_name,
+    row_of,
+    table,
+    vs_recompute,
+)
 
 FIGURE: Final = ROOT / "docs" / "figures" / "store.png"
-SUFFIX_TOKENS: Final = 16
-"""New ones behind the prefix."""
 QUIET_S: Final = 0.6
 """For so long nothing was stored: then a prefix is there."""
 MOST_WAIT_S: Final = 60.0
-PORT: Final = 6399
 MAX_TOKENS: Final = 8192
 """Of a prompt and its answer: as many as the model takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
-    """How much is measured.
-
-    Attributes:
-        prefixes: In tokens.
-        rates_mbit: Of the link to the store; None unshaped.
-        modes: Besides `RECOMPUTE`.
-        long: Another prefix, in tokens, over one link and for ``kvserve`` only; 0 for none.
-        long_mbit: The rate of that link.
-        repeats: How often each prefix is read.
-        texts: Different prefixes of a length.
-        seconds: About how long it takes.
-    """
-
-    prefixes: tuple[int, ...] = (500, 1000, 2000)
-    rates_mbit: tuple[float | None, ...] = (100.0, 1000.0, None)
-    modes: tuple[str, ...] = (RAW, "joint-layer", "focus-3", KVSERVE)
-    long: int = 8000
-    long_mbit: float = 1000.0
-    repeats: int = 3
-    texts: int = 1
-    seconds: float = 150.0
-
-
-QUICK: Final = Size(
-    prefixes=(1000, 2000),
-    rates_mbit=(100.0, 1000.0),
-    modes=(RAW, "joint-layer", KVSERVE),
-    long=0,
-    repeats=2,
-    texts=1,
-    seconds=75.0,
-)
 
 
 class Bench:
@@ -114,28 +84,29 @@ class Bench:
         self._pair = pair
         self._pareto = pareto
         self._front = pd_profiles.of_front(pareto, 1000 * pd_profiles.TOKEN_BYTES)
-        self._documents = documents
+        self._prompts = Prompts(documents)
         self._name = name
-        self._dice = random.Random(11)
 
     def measure(self, size: Size) -> Iterator[Row]:
         """Measure every mode: first store each prefix, then read it over each link."""
         computed: dict[int, list[float]] = {}
         floor: list[float] = []
         for engine in (self._pair.prefill, self._pair.decode):
-            self._ask(engine, self._prompt(500))
+            first_token_s(engine, self._prompts.new(500))
         for mode in size.modes:
             self._use(mode)
             engine = self._pair.decode if mode == KVSERVE else self._pair.prefill
-            floor += [self._ask(engine, self._prompt(SUFFIX_TOKENS)) for _ in range(size.repeats)]
+            floor += [
+                first_token_s(engine, self._prompts.new(SUFFIX_TOKENS)) for _ in range(size.repeats)
+            ]
             yield from self._read(size, mode, engine, size.prefixes, size.rates_mbit, computed)
             if mode == KVSERVE and size.long:
                 rates = (size.long_mbit,)
                 yield from self._read(size, mode, engine, (size.long,), rates, computed)
         for prefix, seconds in computed.items():
             for mbit in (size.long_mbit,) if prefix == size.long else size.rates_mbit:
-                yield self._row(mbit, prefix, RECOMPUTE, seconds)
-                yield self._row(mbit, prefix, FLOOR, floor)
+                yield row_of(self._name, mbit, prefix, RECOMPUTE, seconds)
+                yield row_of(self._name, mbit, prefix, FLOOR, floor)
 
     def _read(
         self,
@@ -150,33 +121,23 @@ class Bench:
         stored: list[tuple[int, tuple[int, ...]]] = []
         for prefix in prefixes:
             for _ in range(size.texts):
-                prompt = self._prompt(prefix)
+                prompt = self._prompts.new(prefix)
                 before = _saved(engine)
-                computed.setdefault(prefix, []).append(self._ask(engine, prompt))
+                computed.setdefault(prefix, []).append(first_token_s(engine, prompt))
                 self._settle(engine, before)
                 stored.append((prefix, prompt))
         for mbit in rates_mbit:
             self._pair.link.shape_wires(mbit)
             # the first fetch over a new link tells how fast it is
             for _, prompt in stored[: size.texts]:
-                self._ask(engine, self._longer(prompt))
+                first_token_s(engine, self._prompts.longer(prompt))
             found: dict[int, list[float]] = {prefix: [] for prefix in prefixes}
             for _ in range(size.repeats):
                 for prefix, prompt in stored:
-                    found[prefix].append(self._ask(engine, self._longer(prompt)))
+                    found[prefix].append(first_token_s(engine, self._prompts.longer(prompt)))
             for prefix, seconds in found.items():
-                yield self._row(mbit, prefix, mode, seconds)
+                yield row_of(self._name, mbit, prefix, mode, seconds)
         self._pair.link.shape_wires(None)
-
-    def _row(self, mbit: float | None, prefix: int, mode: str, seconds: Sequence[float]) -> Row:
-        return {
-            "store": self._name,
-            "bandwidth_mbit": mbit,
-            "prefix_tokens": prefix,
-            "mode": mode,
-            "requests": len(seconds),
-            "ttft_s": percentiles(seconds),
-        }
 
     def _use(self, mode: str) -> None:
         use = self._pair.controller.use
@@ -185,31 +146,6 @@ class Bench:
         else:
             pinned = NONE if mode == RAW else mode
             use(self._pareto, control={"mode": "Pinned", "pinnedProfile": pinned})
-
-    def _prompt(self, tokens: int) -> tuple[int, ...]:
-        """Return tokens of a text, from a place that no other prompt begins at."""
-        able = [document for document in self._documents if len(document) > tokens]
-        document = self._dice.choice(able)
-        start = self._dice.randrange(len(document) - tokens)
-        return tuple(document[start : start + tokens])
-
-    def _longer(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        """Return a prompt with new tokens behind it."""
-        return prompt + self._prompt(SUFFIX_TOKENS)
-
-    def _ask(self, engine: pd_servers.Engine, prompt: tuple[int, ...]) -> float:
-        """Return the seconds to the first token."""
-
-        async def one() -> pd_load.Timing:
-            async with httpx.AsyncClient(timeout=pd_load.TIMEOUT_S) as client:
-                request = pd_load.Request(at_s=0.0, prompt=prompt)
-                route = pd_load.Route(prefill=engine.url)
-                return await pd_load.send(client, request, route, max_tokens=1)
-
-        timing = asyncio.run(one())
-        if timing.error:
-            raise pd_servers.ServerError(f"a request failed: {timing.error}")
-        return timing.ttft_s
 
     def _settle(self, engine: pd_servers.Engine, before: float) -> None:
         """Wait until more is stored than before, and then nothing more is being stored."""
@@ -231,40 +167,6 @@ def _saved(engine: pd_servers.Engine) -> float:
     return engine.totals().get("store_tokens{saved}", 0.0)
 
 
-class RedisServer:
-    """A Redis that keeps nothing on disk, on every address of this side."""
-
-    def __init__(self) -> None:
-        # Debian's redis-tools holds the server under another name: it looks at the name it is called by
-        program = shutil.which("redis-server") or shutil.which("redis-check-rdb")
-        if program is None:
-            raise pd_servers.ServerError("no Redis here: install redis-tools or redis-server")
-        self.process = subprocess.Popen(
-            ["redis-server", "--port", str(PORT), "--save", "", "--protected-mode", "no"],
-            executable=program,
-            stdout=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.kill()
-        self.process.wait()
-
-
-@contextmanager
-def _store(url: str | None) -> Iterator[Callable[[End], str]]:
-    """Yield what tells each end the store's URL: of a Redis of our own, unless there is another."""
-    if url is not None:
-        yield lambda _: url
-        return
-    server = RedisServer()
-    try:
-        yield lambda end: f"redis://{end.here}:{PORT}/0"
-    finally:
-        server.stop()
-
-
 def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     """Do all that ``make bench-store`` does, and return the document."""
     start_s = time.perf_counter()
@@ -272,12 +174,17 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     model = (options.model or pd_profiles.model_folder()).resolve()
     pareto = pd_profiles.measured(model, options.bundle, options.cache)
     documents = pd_load.tokens(pd_load.texts(options.texts), model)
-    _say(f"about {size.seconds / 60:.0f} min, and {START_S:.0f} s for the engines' start")
+    peer = size.lmcache_seconds > 0 and options.lmcache and options.store is None
+    seconds, starts = size.seconds, 1
+    if peer:
+        seconds, starts = seconds + size.lmcache_seconds, 2
+    _say(f"about {seconds / 60:.0f} min, and {starts * START_S:.0f} s for the engines' start")
     rows: list[Row] = []
+    told = partial(_say_row, start_s=start_s)
     name = "redis" if options.store is None else urlsplit(options.store).scheme
     with (
         pd_links.laid() as link,
-        _store(options.store) as url_at,
+        store_redis.served(options.store) as url_at,
     ):
         roles = [
             ("kv_both", {"store": {"url": url_at(end), "recompute": decides}})
@@ -289,11 +196,23 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
         ) as pair:
             _say(f"the engines run; their logs: {OUT / 'store-logs'}")
             for row in Bench(pair, pareto, documents, name).measure(size):
-                rows.append(row)
-                _say(
-                    f"{link_name(row['bandwidth_mbit']):>12} {row['prefix_tokens']:5} {row['mode']:<12}"
-                    f" TTFT {row['ttft_s']['p50']:.3f}  [{time.perf_counter() - start_s:.0f} s]"
-                )
+                rows.append(told(row))
+        if peer:
+            try:
+                for row in store_lmcache.measure(
+                    link,
+                    store_redis.PORT,
+                    model,
+                    documents,
+                    OUT / "lmcache-logs",
+                    prefixes=size.prefixes,
+                    rates_mbit=size.rates_mbit,
+                    repeats=size.repeats,
+                    max_tokens=MAX_TOKENS,
+                ):
+                    rows.append(told(row))
+            except FetchError as error:
+                _say(f"without LMCache: {error}")
     return {
         "runs": rows,
         "vs_recompute": vs_recompute(rows),
@@ -303,11 +222,22 @@ def measure(options: argparse.Namespace, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def _say_row(row: Row, *, start_s: float) -> Row:
+    _say(
+        f"{link_name(row['bandwidth_mbit']):>12} {row['prefix_tokens']:5} {row['mode']:<12}"
+        f" TTFT {row['ttft_s']['p50']:.3f}  [{time.perf_counter() - start_s:.0f} s]"
+    )
+    return row
+
+
 def _parser() -> argparse.ArgumentParser:
     made = parser(__doc__.partition("\n")[0])
     made.add_argument(
         "--store",
         help="URL of a store, as engines in network namespaces of their own reach it; by default a Redis here",
+    )
+    made.add_argument(
+        "--no-lmcache", dest="lmcache", action="store_false", help="leave LMCache out"
     )
     return made
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from store_rows import KVSERVE, RAW, RECOMPUTE, Row, claims, vs_recompute
+from store_rows import KVSERVE, LMCACHE, RAW, RECOMPUTE, Row, claims, vs_recompute
 
 
 def row(mode: str, p50_s: float, *, mbit: float | None = 1000.0, prefix: int = 2000) -> Row:
@@ -50,3 +50,12 @@ def test_claims(at_gbit_s: float, at_slow_s: float, held: list[bool]) -> None:
     ]
     assert [claim["holds"] for claim in claims(rows)] == held
     assert claims(rows)[0]["value"] == pytest.approx(2.0 / at_gbit_s)
+
+
+@pytest.mark.parametrize(("peer_s", "held"), [(0.3, True), (0.1, False)])
+def test_lmcache_is_held_against_kvserve_where_it_was_measured(peer_s: float, held: bool) -> None:
+    """Its time over KVServe's, at the same link and prefix."""
+    rows = [row(RECOMPUTE, 2.0), row(KVSERVE, 0.2), row(LMCACHE, peer_s)]
+    (claim,) = [one for one in claims(rows) if "LMCache" in one["claim"]]
+    assert claim["value"] == pytest.approx(peer_s / 0.2)
+    assert claim["holds"] is held
