@@ -63,7 +63,7 @@ bench-profiler: $(STAMP) ## Compare the profiling engine with other searches on 
 bench-pd: $(STAMP) ## Real prefill and decode engines over links of many rates; needs root (25 minutes; MINUTES=N; QUICK=1: two; MARKDOWN=1: the last run's tables)
 	$(PY) benchmarks/pd_bench.py $(if $(MARKDOWN),--markdown) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE)) $(if $(DATA),--texts $(DATA))
 
-bench-store: $(STAMP) ## Real engines with a KV store: first token against recomputing; needs root (five minutes; QUICK=1: two)
+bench-store: $(STAMP) ## Real engines with a KV store: first token against recomputing and LMCache's; needs root (eight minutes; QUICK=1: two)
 	$(PY) benchmarks/store_bench.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(if $(DATA),--texts $(DATA))
 
 demo: setup-cluster ## Set everything up and run the whole loop on a real Kubernetes
