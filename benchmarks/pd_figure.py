@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from pd_plan import KVSERVE, KVSERVE_QUALITY, MOVES_MBIT, RAW, SLOW_MBIT, Moves
-from store_rows import RECOMPUTE, link_name
+from store_rows import FLOOR, LMCACHE, RECOMPUTE, link_name
 
 BIN_S: Final = 3.0
 """Requests over the moving link that arrive within so long are drawn as one point."""
@@ -28,7 +28,9 @@ COLOURS: Final = {
     "focus-3-fine": "#c9a227",
     "focus-3": "#e0a458",
     "int8-token": "#b5b5b5",
+    LMCACHE: "#6a4c93",
 }
+LINES: Final = {RECOMPUTE: "--", FLOOR: ":"}
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -152,7 +154,7 @@ def draw_store(document: Mapping[str, Any], path: Path) -> None:
                 marker="o",
                 color=COLOURS.get(mode, "#333333"),
                 lw=2.6 if mode == KVSERVE else 1.3,
-                ls="--" if mode == RECOMPUTE else "-",
+                ls=LINES.get(mode, "-"),
                 label=mode,
             )
         axes.set_title(f"{store}, {link_name(mbit)}")
