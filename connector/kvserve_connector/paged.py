@@ -53,26 +53,8 @@ class PagedCache:
         values: torch.Tensor,
     ) -> None:
         """Copy canonical keys and values into the cache; the arguments are those of `read`."""
-        step = self.block_tokens
-        first, last = -(-tokens.start // step), tokens.stop // step
-        whole = range(first * step, last * step)
+        first, skip = divmod(tokens.start, self.block_tokens)
+        last = -(-tokens.stop // self.block_tokens)
         ids = torch.tensor(block_ids[first:last], dtype=torch.int64)
-        # what does not fill a block: before the whole ones and behind, or all inside of one
-        ends = (
-            (range(tokens.start, whole.start), range(whole.stop, tokens.stop))
-            if whole
-            else (tokens,)
-        )
         for row, layer in enumerate(layers):
-            view = self._layers[layer]
-            if whole:
-                part = slice(whole.start - tokens.start, whole.stop - tokens.start)
-                view.write_blocks(ids, keys[row, part], values[row, part])
-            for end in ends:
-                start = end.start
-                while start < end.stop:
-                    block, offset = divmod(start, step)
-                    stop = min(end.stop, (block + 1) * step)
-                    part = slice(start - tokens.start, stop - tokens.start)
-                    view.write(block_ids[block], offset, keys[row, part], values[row, part])
-                    start = stop
+            self._layers[layer].write(ids, skip, keys[row], values[row])

@@ -1,12 +1,16 @@
 """One layer of an engine's cache, whatever lies inside of its blocks, read and written in canonical order."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 
 from kvserve_connector.tiles import Tiles
+from kvserve_kernels.blocks import put, take
+
+_WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LayerView(Protocol):
@@ -25,14 +29,10 @@ class LayerView(Protocol):
         """
         ...
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write ``[tokens, heads, dim]`` into one block from a token offset on."""
-        ...
-
-    def write_blocks(
-        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def write(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Write ``[tokens, heads, dim]`` into whole blocks, one after the other."""
+        """Write ``[tokens, heads, dim]`` into consecutive blocks, from a token of the first one on; as `read`."""
         ...
 
 
@@ -53,21 +53,22 @@ class StridedView:
     ) -> None:
         """See `LayerView`."""
         for source, target in ((self.keys, keys), (self.values, values)):
-            _cut(source[block_ids].permute(0, 2, 1, 3), skip, target)
+            if source.device.type == "cpu":
+                take(_words(target), block_ids.numpy(), _words(source), first=skip)
+            else:
+                _cut(source[block_ids].permute(0, 2, 1, 3), skip, target)
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See `LayerView`."""
-        end = offset + keys.shape[0]
-        self.keys[block, :, offset:end].copy_(keys.transpose(0, 1))
-        self.values[block, :, offset:end].copy_(values.transpose(0, 1))
-
-    def write_blocks(
-        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def write(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """See `LayerView`."""
         for target, states in ((self.keys, keys), (self.values, values)):
-            blocks = states.view(len(block_ids), -1, *states.shape[1:])
-            target[block_ids] = blocks.permute(0, 2, 1, 3)
+            if target.device.type == "cpu":
+                put(_words(states.contiguous()), block_ids.numpy(), _words(target), first=skip)
+            else:
+                places = torch.arange(skip, skip + len(states))
+                index, token = places // target.shape[2], places % target.shape[2]
+                target[block_ids[index], :, token] = states.to(target.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,16 @@ class PermutedView:
         for half, order, target in ((0, self.key_order, keys), (1, self.value_order, values)):
             _cut(_take(blocks[:, :, half], order).view(shape).permute(0, 2, 1, 3), skip, target)
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
+        size = len(self.key_order) // self.dim
+        for block, offset, part in _pieces(block_ids, skip, len(keys), size):
+            self.write_part(block, offset, keys[part], values[part])
+
+    def write_part(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write ``[tokens, heads, dim]`` into one block from a token offset on."""
         span = slice(offset * self.dim, (offset + keys.shape[0]) * self.dim)
         for half, order, places, states in (
             (0, self.key_order, self.key_places, keys),
@@ -112,12 +121,6 @@ class PermutedView:
                 target.copy_(_take(source, places))
             else:
                 target[:, order[span]] = source
-
-    def write_blocks(
-        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """See `LayerView`."""
-        _one_by_one(self, block_ids, keys, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +144,36 @@ class TiledView:
         self.keys.read(block_ids, skip, keys)
         self.values.read(block_ids, skip, values)
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """See `LayerView`."""
+        size, count = self.keys.block_tokens, len(keys)
+        start = min(-skip % size, count)
+        stop = max(start, count - (skip + count) % size)
+        if start < stop:
+            first = (skip + start) // size
+            ids, whole = block_ids[first : first + (stop - start) // size], slice(start, stop)
+            self.keys.write_blocks(ids, keys[whole])
+            self.values.write_blocks(ids, values[whole])
+        for begin, end in ((0, start), (stop, count)):
+            ids = block_ids[(skip + begin) // size :]
+            for block, offset, part in _pieces(ids, (skip + begin) % size, end - begin, size):
+                rows = slice(begin + part.start, begin + part.stop)
+                self._write_part(block, offset, keys[rows], values[rows])
+
+    def _write_part(
+        self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         step = max(self.keys.step, self.values.step)
         whole = keys.shape[0] // step * step
         if offset % step or not whole:
-            self.single.write(block, offset, keys, values)
+            self.single.write_part(block, offset, keys, values)
             return
         self.keys.write(block, offset, keys[:whole])
         self.values.write(block, offset, values[:whole])
         if whole < keys.shape[0]:
-            self.single.write(block, offset + whole, keys[whole:], values[whole:])
-
-    def write_blocks(
-        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """See `LayerView`."""
-        self.keys.write_blocks(block_ids, keys)
-        self.values.write_blocks(block_ids, values)
+            self.single.write_part(block, offset + whole, keys[whole:], values[whole:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,18 +201,20 @@ class BlockView:
         _cut(rows[:, 0], skip, keys)
         _cut(rows[:, 1], skip, values)
 
-    def write(self, block: int, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See `LayerView`."""
-        target = self.blocks[block]
-        content = torch.cat([keys.flatten(), values.flatten()])
-        nbytes = target.numel() * target.element_size()
-        target.copy_(content[:nbytes].view(target.dtype).view(target.shape))
-
-    def write_blocks(
-        self, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def write(
+        self, block_ids: torch.Tensor, skip: int, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """See `LayerView`."""
-        _one_by_one(self, block_ids, keys, values)
+        for block, _, part in _pieces(block_ids, skip, len(keys), 1):
+            target = self.blocks[block]
+            content = torch.cat([keys[part].flatten(), values[part].flatten()])
+            nbytes = target.numel() * target.element_size()
+            target.copy_(content[:nbytes].view(target.dtype).view(target.shape))
+
+
+def _words(states: torch.Tensor) -> np.ndarray:
+    """View a tensor on the CPU as integers of the same size, because NumPy does not know all dtypes."""
+    return states.view(_WORDS[states.element_size()]).numpy()
 
 
 def _cut(blocks: torch.Tensor, skip: int, out: torch.Tensor) -> None:
@@ -212,13 +229,13 @@ def _take(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(taken).view(states.dtype)
 
 
-def _one_by_one(
-    view: LayerView, block_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> None:
-    for block, *states in zip(
-        block_ids.tolist(),
-        keys.chunk(len(block_ids)),
-        values.chunk(len(block_ids)),
-        strict=True,
-    ):
-        view.write(block, 0, *states)
+def _pieces(
+    block_ids: torch.Tensor, skip: int, count: int, block_tokens: int
+) -> Iterator[tuple[int, int, slice]]:
+    """Yield for each block that so many tokens lie in its id, where in it they begin, and which of them they are."""
+    done = 0
+    while done < count:
+        index, offset = divmod(skip + done, block_tokens)
+        stop = min(count, done + block_tokens - offset)
+        yield int(block_ids[index]), offset, slice(done, stop)
+        done = stop

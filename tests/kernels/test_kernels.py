@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvserve_kernels import (
+    blocks,
     checksum,
     finite,
     floats,
@@ -424,3 +425,59 @@ def test_tiles(
             copy(rows, np.array([3, 4]), target, of_tokens=of_tokens)
         with pytest.raises(ValueError, match="do not fill"):
             copy(rows[1:], blocks, target, of_tokens=of_tokens)
+
+
+@pytest.mark.parametrize("level", ["", "numba"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param((0, 1, 2, 3), id="rows"),
+        pytest.param((0, 1, 3, 2), id="columns"),
+        pytest.param((2, 3, 0, 1), id="any"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim", "first", "count"),
+    [
+        pytest.param(32, 2, 16, 0, 96, id="whole"),
+        pytest.param(41, 3, 19, 5, 83, id="odd"),
+        pytest.param(16, 1, 8, 15, 2, id="edge"),
+        pytest.param(16, 1, 8, 3, 0, id="none"),
+    ],
+)
+def test_blocks(
+    level: str,
+    size: int,
+    order: tuple[int, ...],
+    tokens: int,
+    heads: int,
+    dim: int,
+    first: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every token lies in the block and place that follow from the first, nothing else changes, and all comes back."""
+    monkeypatch.setenv("KVSERVE_SIMD", level)
+    shape, word = (6, heads, tokens, dim), np.dtype(f"u{size}")
+    memory = np.zeros([shape[axis] for axis in order], word)
+    cache = memory.transpose([order.index(axis) for axis in range(4)])
+    dice = np.random.default_rng(size)
+    rows = dice.integers(1, np.iinfo(word).max, (count, heads, dim), word)
+    ids = np.array([4, 1, 5])
+    blocks.put(rows, ids, cache, first=first)
+    expected = np.zeros(shape, word)
+    for row in range(count):
+        expected[ids[(first + row) // tokens], :, (first + row) % tokens] = rows[row]
+    assert np.array_equal(cache, expected)
+    back = np.zeros_like(rows)
+    blocks.take(back, ids, cache, first=first)
+    assert np.array_equal(back, rows)
+    assert np.array_equal(cache, expected)
+    more = np.zeros((3 * tokens - first + 1, heads, dim), word)
+    for copy in (blocks.put, blocks.take):
+        with pytest.raises(IndexError):
+            copy(rows, np.array([4, 1, 6]), cache, first=first)
+        for wrong, start in ((more, first), (rows, -1), (rows[..., 1:], first)):
+            with pytest.raises(ValueError, match="do not fit"):
+                copy(wrong, ids, cache, first=start)

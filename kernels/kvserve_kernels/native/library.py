@@ -38,6 +38,8 @@ _SIGNATURES: Final = {
     "kvserve_spreads": (None, (_P, _I64, _I64, _P, _P)),
     "kvserve_absmax_encode": (None, (_INT, _P, _I64, _I64, ctypes.c_float, _P, _P, _INT)),
     "kvserve_finite": (_INT, (_P, _I64, _INT)),
+    "kvserve_blocks_put": (None, (_P, _I64, _I64, _P, _P, _P, _P)),
+    "kvserve_blocks_take": (None, (_P, _I64, _I64, _P, _P, _P, _P)),
     "kvserve_tiles": (None, (_INT, _I64, _P, _P, _P, _P, _P)),
     "kvserve_tiles_back": (None, (_INT, _I64, _P, _P, _P, _P, _P)),
 }  # fmt: skip
