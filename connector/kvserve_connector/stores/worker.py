@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Final
 
 from kvserve_api.profile_set import DEFAULT_CLASS
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 IDLE_S: Final = 0.02
 """So long a step that computes nothing waits for news: vLLM would ask again every millisecond, and each time its three
 processes take two to three from the core that decodes. A request that arrives meanwhile waits for no longer."""
+UNHURRIED: Final = 1e-3
+"""By how much encoding counts in the choice of how a prompt is stored: it is coded once, and nobody waits for it."""
 LATE: Final = "Late"
 """Why a prompt is computed whose lookup did not end in time."""
 
@@ -236,7 +239,7 @@ class StoreWorker:
         choice = self._selector.choose(
             workload,
             native_bytes=native_bytes,
-            link=self._link.snapshot(time.monotonic()),
+            link=replace(self._link.snapshot(time.monotonic()), encode_factor=UNHURRIED),
             chunks=values,
             stages=known_stages(),
             bundles=self._bundles.ready,

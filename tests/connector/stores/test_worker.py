@@ -15,11 +15,15 @@ import torch
 
 from kv_loopback import BLOCK, ENGINE, FORM, LAYOUT, LoopbackCache, make_cache
 from kvserve_api.errors import UnavailableError
+from kvserve_api.latency import Link, StageCost
+from kvserve_api.selection import select
+from kvserve_api.table import DecisionTable
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.metrics import Metrics
+from kvserve_connector.ready import ReadyTable
 from kvserve_connector.recompute import Speed
-from kvserve_connector.selector import Selector
+from kvserve_connector.selector import DEFAULT_BYTES_PER_S, Selector
 from kvserve_connector.stores import worker as worker_module
 from kvserve_connector.stores.config import StoreConfig
 from kvserve_connector.stores.messages import (
@@ -34,6 +38,7 @@ from kvserve_connector.stores.reader import EARLY, MAX_LOADS
 from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.worker import IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
+from tables import table
 
 CHUNK = 32
 TOKENS = list(range(500, 600))
@@ -48,7 +53,8 @@ class Engine:
 
     def __init__(self, url: str, cache: LoopbackCache, **settings: Any) -> None:
         self.cache = cache
-        self.metrics = Metrics(selector := Selector())
+        self.selector = Selector()
+        self.metrics = Metrics(self.selector)
         self.coders = ThreadPoolExecutor(1)
         self.store = StoreWorker(
             replace(StoreConfig(url=url, chunk_tokens=CHUNK, timeout_s=2.0), **settings),
@@ -56,7 +62,7 @@ class Engine:
             cache,
             ChunkCoder(FORM, lambda _: None),
             self.coders,
-            selector,
+            self.selector,
             BundleBook(None, ENGINE.fingerprint, ENGINE.layout),
             self.metrics,
         )
@@ -155,6 +161,33 @@ def test_one_saves_another_loads(tmp_path: Path) -> None:
         assert reader.totals["operations"]["get Hit"] == 3
         # for each chunk a value, and its place in the list of what lies behind the one before
         assert writer.totals["operations"]["put Done"] == 6
+
+
+def test_what_is_stored_may_be_slow_to_code(tmp_path: Path) -> None:
+    """A prompt is stored in what is read soonest, however long coding it takes, which no reader waits for."""
+    coded = table("none", "int4-token")
+    slow = replace(coded.candidates["int4-token"], encode=StageCost(bytes_per_s=2e7))
+    coded = replace(coded, candidates=coded.candidates | {"int4-token": slow})
+    with engine(tmp_path, seed=3) as writer, engine(tmp_path, profile="int4-token") as reader:
+        assert choose_for_peers(coded) == "none"
+        writer.selector.install(ReadyTable.of(coded))
+        assert writer.save("a")
+        # without a table nothing lossy is read but what is stored here, too
+        assert writer.look("b") == reader.look("b") == STOP
+        writer.selector.drop()
+        assert writer.look("c") == 0
+
+
+def choose_for_peers(coded: DecisionTable) -> str:
+    """Return what a transfer to another engine over 1 Gbit/s would be coded with."""
+    selection = select(
+        coded,
+        "default",
+        native_bytes=LAYOUT.native_bytes(STOP),
+        link=Link(bytes_per_s=DEFAULT_BYTES_PER_S),
+        chunks=3,
+    )
+    return selection.profile
 
 
 def test_only_what_is_not_here_is_loaded(tmp_path: Path) -> None:
