@@ -36,7 +36,7 @@ from kvserve_connector.stores.messages import (
 )
 from kvserve_connector.stores.reader import EARLY, MAX_LOADS
 from kvserve_connector.stores.url import open_kv_store
-from kvserve_connector.stores.worker import IDLE_S, ClosedStore, StoreWorker
+from kvserve_connector.stores.worker import SHARED_IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
 from tables import table
 
@@ -318,7 +318,7 @@ def test_a_store_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mon
             reader.store.take_results()
             waited_s.append(time.monotonic() - started_s)
         # only a step that computes nothing waits for news, and not for long
-        assert waited_s[0] < IDLE_S <= waited_s[1] < 0.2
+        assert waited_s[0] < SHARED_IDLE_S <= waited_s[1] < 0.2
         assert reader.soon(lambda: "b" in reader.received)
         assert reader.invalid == set(THERE[EARLY * CHUNK // BLOCK : STOP // BLOCK])
         assert reader.totals["failures"] == {"load Timeout": 1}
