@@ -219,6 +219,7 @@ class WorkerHalf:
                 self._bundles,
                 self._metrics,
                 _secrets(self._config),
+                self._config.codec_threads,
             )
 
     @property

@@ -23,8 +23,8 @@ MAX_GETS: Final = 8
 """Values that are fetched at once, over all loads."""
 AHEAD: Final = range(2, 5)
 """Values of one load that are fetched at once, by what fits into a round trip; with `BEHIND` it bounds memory."""
-BEHIND: Final = 2
-"""Values of one load that may wait to be decoded before no more are asked for."""
+BEHIND: Final = 1
+"""Values of one load that may wait while each thread decodes another; then no more are asked for."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +61,7 @@ class Fetcher:
         cache: The engine's KV cache.
         coders: Threads that decode and write the cache.
         link: What is known of the way to the store.
+        threads: How many coders there are.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Fetcher:
         cache: EngineCache,
         coders: Executor,
         link: StoreLink,
+        threads: int = 1,
     ) -> None:
         self._config = config
         self._prefixes = prefixes
         self._cache = cache
         self._coders = coders
         self._link = link
+        self._decoding = threads + BEHIND
         self._gets = ThreadPoolExecutor(MAX_GETS, thread_name_prefix="kvserve-get")
 
     def begin(self, value: Value, deadline_s: float) -> Arriving:
@@ -148,7 +151,7 @@ class Fetcher:
                 outcome.wire_s += seconds
                 job = self._coders.submit(self._write, value, blob, load)
                 decoding.append((value, len(blob), job))
-                if len(decoding) >= BEHIND:
+                if len(decoding) >= self._decoding:
                     settle()
             while decoding:
                 settle()

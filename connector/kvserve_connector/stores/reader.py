@@ -61,6 +61,7 @@ class PrefixReader:
             and the verdict if there are any.
         loaded: Takes the end of each load.
         failed: Takes the reasons why lookups failed.
+        threads: How many coders there are.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class PrefixReader:
         answered: Callable[[str, int, int, Verdict | None], None],
         loaded: Callable[[Loaded], None],
         failed: Callable[[str], None],
+        threads: int = 1,
     ) -> None:
         self._config = config
         self._prefixes = prefixes
@@ -85,7 +87,7 @@ class PrefixReader:
         self._failed = failed
         self._asks = ThreadPoolExecutor(MAX_ASKS, thread_name_prefix="kvserve-ask")
         self._loads = ThreadPoolExecutor(MAX_LOADS, thread_name_prefix="kvserve-load")
-        self._fetcher = Fetcher(config, prefixes, cache, coders, link)
+        self._fetcher = Fetcher(config, prefixes, cache, coders, link, threads)
         self._lock = threading.Lock()
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._cancelled: set[str] = set()

@@ -53,6 +53,7 @@ class StoreWorker:
         bundles: The calibration bundles of this pod.
         metrics: Where everything is counted.
         secrets: What values are sealed with, see `kvserve_connector.stores.sealed`.
+        threads: How many coders there are.
 
     Raises:
         SpecError: The store's URL is none.
@@ -69,6 +70,7 @@ class StoreWorker:
         bundles: BundleBook,
         metrics: Metrics,
         secrets: Callable[[], Sequence[bytes]] = no_secrets,
+        threads: int = 1,
     ) -> None:
         self._config = config
         self._block_tokens = cache.form.parts[0].block_rows
@@ -111,6 +113,7 @@ class StoreWorker:
             answered=self._answer,
             loaded=self._end_load,
             failed=lambda reason: metrics.failed("lookup", reason),
+            threads=threads,
         )
         self._writer = PrefixWriter(config, prefixes, cache, self._choose, self._end_save)
 

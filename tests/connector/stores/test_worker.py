@@ -34,6 +34,7 @@ from kvserve_connector.stores.messages import (
     StoreSave,
     StoreStep,
 )
+from kvserve_connector.stores.prefixes import PrefixStore
 from kvserve_connector.stores.reader import EARLY, MAX_LOADS
 from kvserve_connector.stores.url import open_kv_store
 from kvserve_connector.stores.worker import SHARED_IDLE_S, ClosedStore, StoreWorker
@@ -51,11 +52,11 @@ FAST = Speed(step_s=0.0, token_s=1e-9, attention_s=0.0)
 class Engine:
     """A cache with the worker's side of a store, and what it has told so far."""
 
-    def __init__(self, url: str, cache: LoopbackCache, **settings: Any) -> None:
+    def __init__(self, url: str, cache: LoopbackCache, threads: int = 1, **settings: Any) -> None:
         self.cache = cache
         self.selector = Selector()
         self.metrics = Metrics(self.selector)
-        self.coders = ThreadPoolExecutor(1)
+        self.coders = ThreadPoolExecutor(threads)
         self.store = StoreWorker(
             replace(StoreConfig(url=url, chunk_tokens=CHUNK, timeout_s=2.0), **settings),
             "model@1",
@@ -65,6 +66,7 @@ class Engine:
             self.selector,
             BundleBook(None, ENGINE.fingerprint, ENGINE.layout),
             self.metrics,
+            threads=threads,
         )
         self.news = StoreNews()
         self.sent: set[str] = set()
@@ -161,6 +163,27 @@ def test_one_saves_another_loads(tmp_path: Path) -> None:
         assert reader.totals["operations"]["get Hit"] == 3
         # for each chunk a value, and its place in the list of what lies behind the one before
         assert writer.totals["operations"]["put Done"] == 6
+
+
+def test_every_thread_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many values of one load are decoded side by side as there are threads for it."""
+    together = threading.Barrier(3, timeout=10)
+    with (
+        engine(tmp_path, seed=3) as writer,
+        engine(tmp_path, threads=together.parties) as reader,
+    ):
+        writer.save("a")
+        assert reader.look("b") == STOP
+        decode = PrefixStore.decode
+
+        def meet(*given: Any, **options: Any) -> Any:
+            together.wait()
+            return decode(*given, **options)
+
+        monkeypatch.setattr(PrefixStore, "decode", meet)
+        assert reader.load("b", range(STOP))
+        assert reader.invalid == set()
+        assert same(reader.cache, writer.cache, range(STOP))
 
 
 def test_what_is_stored_may_be_slow_to_code(tmp_path: Path) -> None:
