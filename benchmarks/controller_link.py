@@ -8,6 +8,7 @@ import heapq
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from controller_queue import Sent
@@ -96,7 +97,7 @@ class WatchedLink:
         self.coders = Coders(1, 0.0)
         self._rtt_s = rtt_s
         self._open: list[_Transfer] = []
-        self._events: list[tuple[float, int, bool, _Transfer]] = []
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
     def promise(
@@ -134,41 +135,49 @@ class WatchedLink:
         """Let the connector look at its sockets as it would have done until now."""
         for transfer in self._open:
             chunks = transfer.sent.link
-            for number in range(transfer.seen, len(chunks)):
-                self._count += 1
-                last = number + 1 == transfer.sent.work.chunks
-                heapq.heappush(self._events, (chunks[number][2], self._count, last, transfer))
+            for coded_s, _, sent_s in chunks[transfer.seen :]:
+                self._at(coded_s, partial(self._coded, transfer))
+                self._at(sent_s, partial(self._went, transfer))
             transfer.seen = len(chunks)
         self._open = [one for one in self._open if one.seen < one.sent.work.chunks]
         while self._events and self._events[0][0] <= now_s:
-            self.now_s, _, last, transfer = heapq.heappop(self._events)
-            self._look(transfer, last=last)
+            self.now_s, _, happen = heapq.heappop(self._events)
+            happen()
         self.now_s = now_s
 
     def link(self, prior_bytes_per_s: float) -> Link:
         """Return what is known now."""
         return self.state.snapshot(prior_bytes_per_s, self.coders)
 
-    def _look(self, transfer: "_Transfer", *, last: bool) -> None:
-        """Do what the connector's server does when a chunk was sent."""
-        work = transfer.sent.work
-        self.state.sample(transfer.account)
-        transfer.promise.keep(1 / work.chunks)
+    def _at(self, time_s: float, happen: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (time_s, self._count, happen))
+
+    def _coded(self, transfer: "_Transfer") -> None:
+        """Do what the connector does when a chunk was coded."""
+        share = 1 / transfer.sent.work.chunks
+        transfer.promise.coded(share)
         if transfer.observed:
-            self.coders.observe(
-                work.encode_s / work.chunks, transfer.promise.encode_s, 1 / work.chunks
-            )
-        if last:
+            encode_s = transfer.sent.work.encode_s * share
+            self.coders.observe(encode_s, transfer.promise.encode_s, share)
+
+    def _went(self, transfer: "_Transfer") -> None:
+        """Do what the connector's server does when a chunk was sent."""
+        transfer.gone += 1
+        self.state.sample(transfer.account)
+        transfer.promise.keep(1 / transfer.sent.work.chunks)
+        if transfer.gone == transfer.sent.work.chunks:
             self.state.detach(transfer.account)
             transfer.promise.end()
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """A transfer under way: its chunks up to a number have been seen to reach the link."""
+    """A transfer under way: so many of its chunks have been seen to reach the link, and so many have been sent."""
 
     sent: Sent
     account: Any
     promise: Promise
     observed: bool
     seen: int = 0
+    gone: int = 0

@@ -53,19 +53,28 @@ class Midway(KVServe):
             work = self._scenario.work(passing.index, name)
             passing.name, passing.work = name, replace(work, chunks=passing.work.chunks)
 
+    def coded(self, passing: Passing, now_s: float) -> None:
+        """Do what the connector does when a chunk was coded."""
+        self._until(now_s)
+        _, course, _ = self._courses[passing.index]
+        course.coded(self._code(passing, len(passing.sizes)))
+
     def went(self, passing: Passing, now_s: float) -> None:
         """Do what the connector's server does when a chunk was sent."""
         self._until(now_s)
         _, course, account = self._courses[passing.index]
         self._watched.state.sample(account)
-        place = passing.gone - 1
-        work = self._scenario.work(passing.index, passing.names[place])
-        pipeline: Any = passing.names[place]
-        blob = ZEROS[: round(passing.sizes[place])]
-        course.sent(Coded(place, blob, work.encode_s / passing.work.chunks, pipeline))
+        course.sent(self._code(passing, passing.gone - 1))
         if passing.gone == passing.work.chunks:
             self._watched.state.detach(account)
             course.end()
+
+    def _code(self, passing: Passing, place: int) -> Coded:
+        name = passing.names[place]
+        work = self._scenario.work(passing.index, name)
+        pipeline: Any = name
+        nbytes = round(work.wire_bytes / passing.work.chunks)
+        return Coded(place, ZEROS[:nbytes], work.encode_s / passing.work.chunks, pipeline)
 
     def _course(self, passing: Passing) -> tuple[Passing, Course, Any]:
         native_bytes = self._scenario.arrivals[passing.index].native_bytes

@@ -48,6 +48,9 @@ class Watcher(Protocol):
     def begins(self, passing: Passing, now_s: float) -> None:
         """Take note that a chunk begins to be coded; may change what the transfer's work is from it on."""
 
+    def coded(self, passing: Passing, now_s: float) -> None:
+        """Take note that the next chunk is coded and reaches the link."""
+
     def went(self, passing: Passing, now_s: float) -> None:
         """Take note that a chunk has been sent."""
 
@@ -56,6 +59,8 @@ class _Blind:
     """Changes nothing."""
 
     def begins(self, passing: Passing, now_s: float) -> None: ...
+
+    def coded(self, passing: Passing, now_s: float) -> None: ...
 
     def went(self, passing: Passing, now_s: float) -> None: ...
 
@@ -172,6 +177,7 @@ class Way:
 
     def _reach(self, piece: _Piece, now_s: float) -> None:
         passing, _, wire_bytes, decode_s = piece
+        self._watcher.coded(passing, now_s)
         start_s = max(self.link_free_s, now_s)
         self.link_free_s = end_s = self.capacity.finish_s(start_s, wire_bytes)
         passing.sent.link.append((now_s, start_s, end_s))

@@ -105,6 +105,13 @@ class Course:
         last = self._at[place] = self._all[-1]
         return last.choice.pipeline
 
+    def coded(self, coded: Coded) -> None:
+        """Take note of a chunk that is coded, and perhaps still waits for the link; from any thread."""
+        begun, share = self._at[coded.place], self._native[coded.place] / self._total
+        begun.promise.coded(share)
+        if begun.choice.selection.profile != NONE:
+            self._coders.observe(coded.encode_s, begun.promise.encode_s, share)
+
     def sent(self, coded: Coded) -> None:
         """Take note of a chunk that is on its way."""
         begun, native_bytes = self._at[coded.place], self._native[coded.place]
@@ -116,8 +123,6 @@ class Course:
         while len(self._under_way) > 1 and self._under_way[0].promise.left < NOTHING_LEFT:
             self._under_way.popleft().promise.end()
         self._under_way[0].promise.keep(share)
-        if begun.choice.selection.profile != NONE:
-            self._coders.observe(coded.encode_s, begun.promise.encode_s, share)
 
     def end(self) -> None:
         """Promise nothing any more."""
@@ -154,7 +159,7 @@ class Course:
         native_bytes = sum(self._native[place] for place in self._waiting)
         share = native_bytes / self._total
         # or it would have to wait for itself
-        last.promise.keep(share)
+        last.promise.withdraw(share)
         choice = self._again(
             Rest(
                 before=last.choice,

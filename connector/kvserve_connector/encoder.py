@@ -70,6 +70,7 @@ class Encoder:
         chunks: Sequence[Chunk],
         patience: Patience,
         ready: Mapping[int, Coded] = _NOTHING,
+        done: Callable[[Coded], None] | None = None,
     ) -> Generator[Coded, None, None]:
         """Yield each chunk once, those that can be read first, else in order.
 
@@ -81,6 +82,7 @@ class Encoder:
             chunks: The plan.
             patience: Waits for what can't be read or is not coded yet.
             ready: What was coded before, by its place in the plan; passed over where another strategy is to be used.
+            done: Called with each chunk as soon as it is coded, by the thread that did it.
 
         Raises:
             TransferError: The prefill was aborted.
@@ -92,7 +94,7 @@ class Encoder:
             while waiting or ahead:
                 while len(ahead) < AHEAD and (index := _next(claim, chunks, waiting)) is not None:
                     waiting.remove(index)
-                    future = self._begin(claim, pipeline(index), index, chunks[index], ready)
+                    future = self._begin(claim, pipeline(index), index, chunks[index], ready, done)
                     ahead.append((index, future))
                 if not ahead:
                     patience.wait(lambda: _next(claim, chunks, waiting) is not None)
@@ -120,15 +122,25 @@ class Encoder:
         place: int,
         chunk: Chunk,
         ready: Mapping[int, Coded],
+        done: Callable[[Coded], None] | None,
     ) -> Future[Coded | None]:
         coded = ready.get(place)
         if coded is None or coded.pipeline is not pipeline:
-            return self._threads.submit(self._encode, claim, pipeline, place, chunk)
-        done: Future[Coded | None] = Future()
-        done.set_result(coded)
-        return done
+            return self._threads.submit(self._encode, claim, pipeline, place, chunk, done)
+        if done is not None:
+            done(coded)
+        begun: Future[Coded | None] = Future()
+        begun.set_result(coded)
+        return begun
 
-    def _encode(self, claim: Claim, pipeline: Pipeline, index: int, chunk: Chunk) -> Coded | None:
+    def _encode(
+        self,
+        claim: Claim,
+        pipeline: Pipeline,
+        index: int,
+        chunk: Chunk,
+        done: Callable[[Coded], None] | None = None,
+    ) -> Coded | None:
         """Code one chunk; None if the prefill was preempted meanwhile, and what was read may be another's."""
         seen = claim.computed
         if seen is None or not seen.holds(chunk):
@@ -141,7 +153,10 @@ class Encoder:
         part = self._cache.form.parts[chunk.part]
         after = 0 if part.whole_blocks else claim.prefill.tokens - chunk.tokens.stop
         blob = self._coder.encode(pipeline, chunk, keys, values, tokens_after=after)
-        return Coded(index, blob, time.perf_counter() - start_s, pipeline)
+        coded = Coded(index, blob, time.perf_counter() - start_s, pipeline)
+        if done is not None:
+            done(coded)
+        return coded
 
 
 def _next(claim: Claim, chunks: Sequence[Chunk], waiting: Collection[int]) -> int | None:

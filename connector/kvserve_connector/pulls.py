@@ -324,7 +324,9 @@ class Pulls:
             ).pack()
         )
         started_ns = time.time_ns()
-        encoded = self._encoder.encoded(claim, course.pipeline, chunks, patience, ready)
+        encoded = self._encoder.encoded(
+            claim, course.pipeline, chunks, patience, ready, course.coded
+        )
         try:
             for coded in encoded:
                 sender.send(coded.blob, coded.place)

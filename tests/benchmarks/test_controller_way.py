@@ -22,7 +22,7 @@ ARRIVALS = st.lists(st.tuples(st.floats(0, 3), WORKS), min_size=1, max_size=8)
 
 
 class Recorder:
-    """Writes down when chunks begin and go, and has those from a place on be another work."""
+    """Writes down when chunks begin, are coded and go, and has those from a place on be another work."""
 
     def __init__(self, place: int = 99, work: Work | None = None) -> None:
         self.seen: list[tuple[str, int, int, float]] = []
@@ -34,6 +34,10 @@ class Recorder:
         self.seen.append(("begins", passing.index, passing.begun, now_s))
         if self._work is not None and passing.begun == self._place:
             passing.name, passing.work = "other", self._work
+
+    def coded(self, passing: Passing, now_s: float) -> None:
+        """Write down."""
+        self.seen.append(("coded", passing.index, len(passing.sizes), now_s))
 
     def went(self, passing: Passing, now_s: float) -> None:
         """Write down."""
@@ -68,6 +72,16 @@ def test_one_transfer_by_hand() -> None:
     assert one.sent.link == [(0.0, 0.0, 1.0), (0.0, 1.0, 2.0), (1.0, 2.0, 3.0), (2.0, 3.0, 4.0)]
 
 
+def test_chunks_are_coded_before_they_go() -> None:
+    """Two chunks are coded one after the other, and wait for the link; the third begins when the first has gone."""
+    recorder = Recorder()
+    run(CONSTANT, [(0.0, Work(0.5 * 3, 300.0, 0.0, 3))], recorder)
+    coded = [entry[2:] for entry in recorder.seen if entry[0] == "coded"]
+    went = [entry[2:] for entry in recorder.seen if entry[0] == "went"]
+    assert coded == [(0, 0.5), (1, 1.0), (2, 2.0)]
+    assert went == [(1, 1.5), (2, 2.5), (3, 3.5)]
+
+
 def test_a_change_by_hand() -> None:
     """Chunks that begin after a change are smaller; what was begun before is sent as it was."""
     recorder = Recorder(2, Work(0.0, 40.0, 0.0, 4))
@@ -90,7 +104,7 @@ def test_no_schedule_breaks_the_rules(arrivals: list[tuple[float, Work]]) -> Non
         assert one.sent.total_s >= one.work.wire_bytes / 100 - 1e-6
     under_way = dict.fromkeys(range(len(transfers)), 0)
     for what, index, _, _ in recorder.seen:
-        under_way[index] += 1 if what == "begins" else -1
+        under_way[index] += {"begins": 1, "coded": 0, "went": -1}[what]
         assert 0 <= under_way[index] <= AHEAD
 
 

@@ -303,6 +303,29 @@ def test_promises_follow_the_course() -> None:
     assert book.coders.backlog_s == 0
 
 
+def test_what_is_coded_stands_ahead_on_the_link_only() -> None:
+    """A chunk that waits for the link keeps no coder from others, and says at once how fast coders are."""
+    book = LinkBook()
+    link = book.link("10.0.0.1")
+    one = choice("int4-token")
+    chunks = [Chunk(layers=range(n, n + 1), tokens=range(1)) for n in range(10)]
+    course = Course(one, chunks, [1_000_000] * 10, link, book.coders, FAST, None)
+    whole_s, wire_bytes = one.encode.seconds(10_000_000), link.snapshot(1.0).backlog_bytes
+    assert book.coders.backlog_s == pytest.approx(whole_s)
+    coded = Coded(0, memoryview(b"x"), whole_s, course.pipeline(0))
+    course.coded(coded)
+    factor = book.coders.factor
+    assert factor > 1.0
+    assert book.coders.backlog_s == pytest.approx(0.9 * whole_s * factor)
+    assert link.snapshot(1.0).backlog_bytes == wire_bytes
+    course.sent(coded)
+    assert book.coders.factor == factor
+    assert book.coders.backlog_s == pytest.approx(0.9 * whole_s * factor)
+    assert link.snapshot(1.0).backlog_bytes == pytest.approx(0.9 * wire_bytes)
+    course.end()
+    assert book.coders.backlog_s == 0
+
+
 def test_asked_only_when_the_link_has_moved() -> None:
     """Within a factor of what was chosen for nobody is asked; after an answer, from where the link is then."""
     book = LinkBook()
