@@ -66,10 +66,15 @@ UNSTABLE: Final = 3
 NEAR: Final = 0.1
 """Where none is in time, one whose time and cost to others is worse than the best by no more than this share counts as
 good: by less than that predictions scatter."""
+EQUAL: Final = 0.01
+"""Of times to minimise, those that exceed the least by no more than this share of the work count as equal: predictions
+scatter by far more, and a third of the usual hysteresis leaves room for it."""
 ROUNDED: Final = 1 + 1e-9
 """What rounding may take from a sum of times is far less."""
 _Weighed: TypeAlias = tuple[int, str, float, float, float, float, float, tuple[float, float, float]]
 """A candidate's turn, name, time, merit, times of encoding, wire and decoding, and hopes."""
+_Near: TypeAlias = tuple[float, float, float, int, str]
+"""A candidate's upper limit of the loss, merit, time, order and name."""
 _Late: TypeAlias = tuple[float, float, float, int, str]
 """A candidate's merit by the goal, merit by time, time, order and name."""
 _BOUNDS: Final = (Bound.GOAL, Bound.GOAL, Bound.DEADLINE, Bound.UNSTABLE)
@@ -103,7 +108,8 @@ def select(
     The class's candidates are all within its quality budget. Of those that meet the deadline at the SLO's percentile,
     for which only what comes after the prefill's end counts, and keep every queue finite at the present load, the best
     by the goal wins; a time to minimise counts the delay that the transfer causes to those behind it, and to what
-    engines compute on the processors that code. If none meets the deadline, the fastest wins, because missing by less
+    engines compute on the processors that code, and among those that take as long as the best, within `EQUAL`, the one
+    with the least loss wins. If none meets the deadline, the fastest wins, because missing by less
     is better than giving up; for another goal the best by it among those that are about as fast. If none keeps the
     queues finite, what they are now and what each adds to them decides, so that transfers divide themselves between
     link and coders.
@@ -116,7 +122,8 @@ def select(
         chunks: Into how many chunks that is cut.
         expired: The table's time to live has passed and the table says to revert then.
         decodable: Digests of the strategies that can be used, because the consumer can decode them; None if all.
-        incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis.
+        incumbent: The profile in use for such transfers, which another must beat by the table's hysteresis, or in loss
+            within `EQUAL`.
         allowance_s: What trying out another candidate may be expected to cost now, in seconds; 0 tries nothing.
         spent_s: Seconds of the deadline that have passed already.
     """
@@ -166,13 +173,14 @@ def select(
     )
     weighed: list[_Weighed] = []
     late: list[_Late] = []
+    near: list[_Near] = []
     # what takes longer than this, and is no better in keeping its deadline, is neither chosen nor tried
     longest_s = _INFINITY
     surely_late_s = deadline_s * ROUNDED
     arrives_s, encoded_s = rtt_s + wire_wait_s, rtt_s + encode_wait_s
     best_name, best_s, best_merit, best_level = "", _INFINITY, _INFINITY, UNSTABLE + 1
     best_order = 0
-    own_s = own_merit = 0.0
+    own_s = own_merit = own_loss = 0.0
     own_level = -1
     # the one in use comes first, so none of what is left out is it
     for (
@@ -186,6 +194,7 @@ def select(
         speed_d,
         margin,
         fixed,
+        loss,
         hopes,
         order,
     ) in rows:
@@ -263,7 +272,7 @@ def select(
             elif level == LATE:
                 late.append((fixed, merit, seconds, order, name))
         if name == incumbent:
-            own_s, own_merit, own_level = seconds, merit, level
+            own_s, own_merit, own_level, own_loss = seconds, merit, level, loss
         if level < best_level or (
             level == best_level
             and (
@@ -277,14 +286,17 @@ def select(
             best_name, best_s, best_merit, best_level = name, seconds, merit, level
             best_order = order
             if by_time and level < UNSTABLE:
-                longest_s = merit
+                # as good as the best, or less
+                longest_s = merit * (1 + EQUAL)
                 if exploring and level == FITS:
-                    # held against the best, or against what is kept in its place
-                    longest_s = (own_merit if own_merit > merit else merit) + allowance_s
+                    # held against what is chosen, or against what is kept in its place
+                    longest_s = (own_merit if own_merit > longest_s else longest_s) + allowance_s
                 longest_s *= ROUNDED
             elif not by_time:
                 # in time, the goal decides, whatever it takes
                 longest_s = merit * (1 + NEAR) * ROUNDED if level == LATE else _INFINITY
+        if by_time and level == FITS and merit <= best_merit * (1 + EQUAL):
+            near.append((loss, merit, seconds, order, name))
         if exploring and level < LATE:
             turn = -1 if name == incumbent else order
             weighed.append((turn, name, seconds, merit, encode_s, wire_s, decode_s, hopes))
@@ -295,12 +307,19 @@ def select(
     bound = _BOUNDS[best_level]
     wait_s = wire_wait_s if wire_wait_s > encode_wait_s else encode_wait_s
     waiting_s = rtt_s + (decode_wait_s if decode_wait_s > wait_s else wait_s)
+    # a share of the work, not of the waiting, which is the same for all
+    least_merit, work_s = best_merit, best_merit - waiting_s
+    least_loss = _INFINITY
+    if best_level == FITS and by_time:
+        most = least_merit + EQUAL * work_s
+        least_loss, best_merit, best_s, _, best_name = min([one for one in near if one[1] <= most])
     if (
         by_time
         and own_level == best_level
         and best_name != incumbent
-        # a share of the work, not of the waiting, which is the same for all
-        and own_merit - best_merit <= table.hysteresis * (best_merit - waiting_s)
+        and own_merit - least_merit <= table.hysteresis * work_s
+        # or what became as fast would never take the place of what loses more
+        and own_loss <= least_loss
     ):
         assert incumbent is not None
         best_name, best_s, best_merit = incumbent, own_s, own_merit

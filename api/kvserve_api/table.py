@@ -157,6 +157,7 @@ Row: TypeAlias = tuple[
     float,
     float,
     float | None,
+    float,
     tuple[float, float, float],
     int,
 ]
@@ -164,9 +165,9 @@ Row: TypeAlias = tuple[
 third of the time that one with names takes.
 
 Name; ratio; floor (s), offset (s) and speed (bytes/s) of encoding, then of decoding; margin; what the goal minimises if
-that is no time, None if it is; what is left of the time to encode, of the wire bytes and of the time to decode, were
-each better than believed by `HOPE` standard deviations; place among the rule's candidates, the first of which wins
-where all is equal.
+that is no time, None if it is; upper limit of the loss (basis points); what is left of the time to encode, of the wire
+bytes and of the time to decode, were each better than believed by `HOPE` standard deviations; place among the rule's
+candidates, the first of which wins where all is equal.
 """
 
 
@@ -188,6 +189,7 @@ def _row(candidate: Candidate, rule: ClassRule, order: int) -> Row:
         decode.bytes_per_s,
         rule.margins.get(candidate.name, 1.0),
         merits[rule.goal],
+        candidate.loss_upper_bp,
         (
             math.exp(-HOPE * doubt.encode),
             math.exp(-HOPE * doubt.wire),
@@ -206,7 +208,7 @@ def _led(rows: tuple[Row, ...]) -> Mapping[str | None, tuple[Row, ...]]:
     """
 
     def promise(row: Row) -> tuple[float, int]:
-        _, ratio, *_, merit, _, order = row
+        _, ratio, *_, merit, _, _, order = row
         return (-ratio if merit is None else merit, order)
 
     best = sorted(rows, key=promise)

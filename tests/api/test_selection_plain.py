@@ -11,6 +11,7 @@ from decision_tables import busy_links, tables
 from kvserve_api.latency import MOST_UTILISATION, Link, Prediction, predict
 from kvserve_api.policy import Goal
 from kvserve_api.selection import (
+    EQUAL,
     FITS,
     LATE,
     LEAST_GAIN,
@@ -115,30 +116,42 @@ def plainly(
         tied |= any(math.isclose(merit, most_s, rel_tol=CLOSE) for merit in others)
         tied |= any(math.isclose(merit, best.merit, rel_tol=CLOSE) for merit in others)
     own = next((one for one in held if one.name == incumbent), None)
+    least, losses = best, {name: drawn.candidates[name].loss_upper_bp for name in rule.candidates}
+    if best.level == FITS and latency:
+        room = EQUAL * (least.merit - waiting_s)
+        fitting = [one for one in held if one.level == FITS]
+        equal = [one for one in fitting if one.merit - least.merit <= room]
+        best = min(equal, key=lambda one: (losses[one.name], one.merit, one.seconds))
+        for one in fitting:
+            worse = one.merit - least.merit
+            tied |= one is not least and math.isclose(
+                worse, room, rel_tol=1e-6, abs_tol=CLOSE * least.merit
+            )
+            tied |= one is not best and math.isclose(one.merit, best.merit, rel_tol=CLOSE)
     if own is not None and own is not best and own.level == best.level and latency:
-        room = drawn.hysteresis * (best.merit - waiting_s)
-        worse = own.merit - best.merit
-        tied |= math.isclose(worse, room, rel_tol=1e-6, abs_tol=CLOSE * best.merit)
-        if worse <= room:
+        room = drawn.hysteresis * (least.merit - waiting_s)
+        worse = own.merit - least.merit
+        tied |= math.isclose(worse, room, rel_tol=1e-6, abs_tol=CLOSE * least.merit)
+        if worse <= room and (best.level != FITS or losses[own.name] <= losses[best.name]):
             best, bound = own, Bound.KEPT if best.level < LATE else bound
     others_s = best.merit - best.seconds if latency else 0.0
     quiet = waiting_s + others_s <= QUIET * best.seconds
     tied |= math.isclose(waiting_s + others_s, QUIET * best.seconds, rel_tol=CLOSE)
     if not (allowance_s > 0 and best.level == FITS and quiet):
         return best.name, bound, tied
-    least, tried = best.merit, None
+    hope, tried = best.merit, None
     for one in held:
         if one.name == best.name or one.level >= LATE or rule.goal is Goal.MAXIMIZE_QUALITY:
             continue
         extra_s = one.merit - best.merit if latency else one.seconds - best.seconds
         merit, saved_s = hoped(drawn, one, chunks)
         tied |= math.isclose(extra_s, allowance_s, rel_tol=CLOSE)
-        tied |= math.isclose(merit, least, rel_tol=CLOSE)
+        tied |= math.isclose(merit, hope, rel_tol=CLOSE)
         tied |= math.isclose(saved_s, (1 + LEAST_GAIN) * extra_s, rel_tol=CLOSE)
         if latency and saved_s - extra_s < LEAST_GAIN * extra_s:
             continue
-        if merit < least and extra_s <= allowance_s:
-            least, tried = merit, one
+        if merit < hope and extra_s <= allowance_s:
+            hope, tried = merit, one
     return (tried.name, Bound.EXPLORED, tied) if tried else (best.name, bound, tied)
 
 
