@@ -13,8 +13,10 @@ KVSERVE_QUALITY: Final = "kvserve-quality"
 OURS: Final = (KVSERVE, KVSERVE_QUALITY)
 STATICS: Final = ("focus-3-fine", "focus-3", "joint-3-fine")
 """Over the moving link, in every round: within the quality budget, and each can be the best."""
-ONCE: Final = (RAW,)
-"""Over the moving link, in its first round only: it never was near the best there."""
+SELDOM: Final = (RAW,)
+"""Over the moving link, in its first rounds only: it never was near the best there, and waits for itself."""
+SELDOM_ROUNDS: Final = 3
+"""In so many: of fewer there is no interval, and where one alone was measured some redrawn sets have no late request."""
 SMALL: Final = "joint-10"
 FEW: Final = ("cachegen", SMALL)
 """In the paper's regime."""
@@ -70,7 +72,7 @@ class Condition:
         moving: The link's rate changes as `Moves` says.
         load: The share of the time for which requests would keep the prefill engine busy alone; 0: each waits for the
             one before.
-        once: Which of the policies only have a turn in the first round.
+        seldom: Which of the policies only have a turn in the first `SELDOM_ROUNDS`, behind all others.
         lasts_s: A round has only as many requests as arrive in so long, and they arrive over all of it; 0: as long as
             they need.
     """
@@ -84,17 +86,16 @@ class Condition:
     regime: float = 0.0
     moving: bool = False
     load: float = 0.0
-    once: tuple[str, ...] = ()
+    seldom: tuple[str, ...] = ()
     lasts_s: float = 0.0
 
     def order(self, number: int) -> tuple[str, ...]:
         """Return the policies of a round, the first of which is number 0, in the order of their turns."""
-        if not number:
-            return self.policies
         # each is first as often: what changes within a round meets all
-        steady = [policy for policy in self.policies if policy not in self.once]
+        steady = tuple(policy for policy in self.policies if policy not in self.seldom)
         by = number % len(steady)
-        return tuple(steady[by:] + steady[:by])
+        # the first rounds and no others: pairs are found by counting
+        return steady[by:] + steady[:by] + (self.seldom if number < SELDOM_ROUNDS else ())
 
     def link_mbit(self, prefill_s_per_token: float) -> float | None:
         """Return the link's rate, by what a prefill takes."""
@@ -193,8 +194,8 @@ def plan(minutes: float, *, quick: bool) -> tuple[Condition, ...]:
         name=MOVING,
         mbit=SLOW_MBIT,
         moving=True,
-        policies=(*OURS, *STATICS, *ONCE),
-        once=ONCE,
+        policies=(*OURS, *STATICS, *SELDOM),
+        seldom=SELDOM,
         requests=scaled(12),
         # so that a turn meets each of the rates, once
         lasts_s=COURSE_S,

@@ -124,13 +124,14 @@ def test_the_time_decides_how_much_is_compared_but_not_what(minutes: float) -> N
 
 
 def test_policies_take_turns_at_being_first() -> None:
-    """Each begins a round as often as the others, but those that run once are in the first round only."""
-    condition = replace(CONDITION, policies=("a", "b", RAW), once=(RAW,))
-    assert [condition.order(n) for n in range(4)] == [
+    """Each begins a round as often as the others, but those that run seldom end the first three rounds."""
+    condition = replace(CONDITION, policies=("a", "b", RAW), seldom=(RAW,))
+    assert [condition.order(n) for n in range(5)] == [
+        ("a", "b", RAW),
+        ("b", "a", RAW),
         ("a", "b", RAW),
         ("b", "a"),
         ("a", "b"),
-        ("b", "a"),
     ]
 
 
@@ -138,14 +139,16 @@ def test_policies_take_turns_at_being_first() -> None:
     ("done", "left_s", "begins"),
     [
         pytest.param(0, -9.0, True, id="the-first-always"),
-        pytest.param(1, 5.0, True, id="it-fits"),
-        pytest.param(1, 4.9, False, id="it-does-not-fit"),
-        pytest.param(3, 99.0, False, id="no-more-wanted"),
+        pytest.param(1, 65.0, True, id="it-fits"),
+        pytest.param(1, 64.9, False, id="it-does-not-fit"),
+        pytest.param(3, 5.0, True, id="it-fits-without-the-seldom"),
+        pytest.param(3, 4.9, False, id="it-does-not-fit-without-them"),
+        pytest.param(4, 99.0, False, id="no-more-wanted"),
     ],
 )
 def test_rounds_begin_while_they_fit(done: int, left_s: float, *, begins: bool) -> None:
-    """A further round takes what its policies took last, without those that ran once."""
-    condition = replace(CONDITION, policies=("a", "b", RAW), once=(RAW,), rounds=3)
+    """A further round takes what its policies took last, and only those that have a turn in it."""
+    condition = replace(CONDITION, policies=("a", "b", RAW), seldom=(RAW,), rounds=4)
     assert pd_plan.another(condition, done, {"a": 2.0, "b": 3.0, RAW: 60.0}, left_s) == begins
 
 
