@@ -6,7 +6,7 @@ transfers shall keep. What counts is the mean loss of those policies that keep i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -108,6 +108,7 @@ def run_all(scenario: Scenario) -> dict[str, Kept]:
 
 def of_kvserve(scenario: Scenario, *, changes: bool = True, told: bool = False) -> Kept:
     """Replay KVServe; see `Midway`."""
+    scenario = replace(scenario, fine=changes)
     midway = Midway(scenario, changes=changes, told=told)
     return Kept.of(scenario, replay_on_way(scenario, midway, midway))
 

@@ -17,9 +17,10 @@ from typing import Final
 import controller_profiles as profiles
 from controller_queue import Capacity, Work
 from controller_traces import Traces
+from kvserve_api.latency import StageCost
 from kvserve_api.profile_set import NONE, ParetoSet, Profile
 from kvserve_api.wire import KVLayout
-from kvserve_connector.chunks import Chunk, plan
+from kvserve_connector.chunks import DEADLINE_TOKENS, Chunk, plan, range_tokens
 from kvserve_connector.config import ConnectorConfig
 from kvserve_connector.midway import common_step, follows
 from kvserve_strategies import PRESETS, Pipeline
@@ -91,6 +92,7 @@ class Scenario:
         objective_s: Without it latency is minimised; with it quality is maximised, and `PERCENTILE` of the transfers
             shall take at most so many seconds.
         layout: Of the cache, where transfers are cut as the connector cuts them; else see `chunks_of`.
+        fine: Whether they are cut as those that may change midway.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Scenario:
     slow: Callable[[float], tuple[float, float]] = field(default=lambda _: (1.0, 1.0))
     objective_s: float | None = None
     layout: KVLayout | None = None
+    fine: bool = False
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -123,10 +126,17 @@ class Scenario:
         encode, decode = self.slow(arrival.at_s)
         native = arrival.native_bytes
         wire = 1.0 if name == NONE else mine.wire * scatter.wire
+        calls = self._calls(index, name)
         return Work(
-            encode_s=profile.encode.seconds(native) * mine.encode * scatter.encode * encode,
+            encode_s=_seconds(profile.encode, native, calls)
+            * mine.encode
+            * scatter.encode
+            * encode,
             wire_bytes=native / profile.ratio * wire,
-            decode_s=profile.decode.seconds(native) * mine.decode * scatter.decode * decode,
+            decode_s=_seconds(profile.decode, native, calls)
+            * mine.decode
+            * scatter.decode
+            * decode,
             chunks=chunks_of(native) if self.layout is None else len(self.plan(index, name)),
         )
 
@@ -134,7 +144,14 @@ class Scenario:
         """Return how the connector cuts an arrival that begins with a profile."""
         assert self.layout is not None
         tokens = self.arrivals[index].native_bytes // self.layout.native_bytes(1)
-        return _cut(self.layout, tokens, first, tuple(self.profiles))
+        return _cut(self.layout, tokens, first, tuple(self.profiles), self.fine)
+
+    def _calls(self, index: int, name: str) -> float:
+        """Return how many times as many chunks there are as groups of layers, of which costs were measured."""
+        if self.layout is None:
+            return 1.0
+        chunks = self.plan(index, name)
+        return len(chunks) / sum(chunk.tokens.start == 0 for chunk in chunks)
 
     def follows(self, index: int, first: str, name: str) -> bool:
         """Tell whether a profile can code chunks of what began with another."""
@@ -148,9 +165,22 @@ def layer_step(name: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def _cut(layout: KVLayout, tokens: int, first: str, names: tuple[str, ...]) -> tuple[Chunk, ...]:
+def _cut(
+    layout: KVLayout, tokens: int, first: str, names: tuple[str, ...], fine: bool
+) -> tuple[Chunk, ...]:
     multiple = common_step(layer_step(first), map(layer_step, names), CHUNK_LAYERS)
-    return plan(layout, range(tokens), CHUNK_LAYERS, layer_multiple=multiple)
+    return plan(
+        layout,
+        range(tokens),
+        CHUNK_LAYERS,
+        layer_multiple=multiple,
+        most_tokens=range_tokens(tokens, DEADLINE_TOKENS) if fine else None,
+    )
+
+
+def _seconds(cost: StageCost, native_bytes: int, calls: float) -> float:
+    """Return the time of coding in so many times as many pieces: each has the fixed part anew."""
+    return cost.seconds(native_bytes) + (calls - 1) * cost.offset_s
 
 
 def chunks_of(native_bytes: int) -> int:

@@ -16,7 +16,7 @@ STATICS: Final = ("focus-3-fine", "focus-3", "joint-3-fine")
 SELDOM: Final = (RAW,)
 """Over the moving link, in its first rounds only: it never was near the best there, and waits for itself."""
 SELDOM_ROUNDS: Final = 3
-"""In so many: of fewer there is no interval, and where one alone was measured some redrawn sets have no late request."""
+"""In so many: of fewer there is no interval, and with one alone some redrawn sets had no late request."""
 SMALL: Final = "joint-10"
 FEW: Final = ("cachegen", SMALL)
 """In the paper's regime."""

@@ -18,6 +18,9 @@ AHEAD_TOKENS: Final = 1024
 """Most tokens of its chunks: what is ready at the end in one piece is coded, sent and decoded one after the other."""
 AHEAD_RANGES: Final = 256
 """Most ranges of tokens that it is cut into."""
+DEADLINE_TOKENS: Final = 512
+"""Most tokens of the chunks of a transfer that has a deadline and may change midway: what was begun is sent as it
+began, and where a link falls to a fifth two chunks of many tokens are late by themselves."""
 LANES: Final = 32
 """Where many layers make even that too many tokens: what entropy coders code side by side."""
 MAX_PARTS: Final = 1024
@@ -97,14 +100,24 @@ def plan_ahead(
         layer_multiple: Layers that the strategy codes together.
         step_tokens: Most tokens that the engine computes in one step.
     """
-    step = max(min(step_tokens, AHEAD_TOKENS), -(-len(tokens) // AHEAD_RANGES))
     return plan_form(
         form,
         tokens,
         ahead_layers(form, chunk_layers),
         layer_multiple=layer_multiple,
-        most_tokens=max(1, round(step / TOKEN_STEP)) * TOKEN_STEP,
+        most_tokens=range_tokens(len(tokens), min(step_tokens, AHEAD_TOKENS)),
     )
+
+
+def range_tokens(tokens: int, wanted: int) -> int:
+    """Return into ranges of how many tokens a transfer is cut.
+
+    Args:
+        tokens: How many it has.
+        wanted: What is wanted; it is more where that would be too many ranges.
+    """
+    step = max(wanted, -(-tokens // AHEAD_RANGES))
+    return max(1, round(step / TOKEN_STEP)) * TOKEN_STEP
 
 
 def ahead_layers(form: Form, chunk_layers: int) -> int:

@@ -2,7 +2,14 @@
 
 from collections.abc import Iterable
 
-from kvserve_connector.chunks import Chunk, ahead_layers, plan_ahead, plan_form
+from kvserve_connector.chunks import (
+    DEADLINE_TOKENS,
+    Chunk,
+    ahead_layers,
+    plan_ahead,
+    plan_form,
+    range_tokens,
+)
 from kvserve_connector.form import Form
 from kvserve_connector.midway import common_step
 
@@ -21,23 +28,32 @@ class Cutter:
         self._chunk_layers = chunk_layers
         self._step_tokens = step_tokens
 
-    def plan(self, tokens: range, *, kept: bool, layer_multiple: int = 1) -> tuple[Chunk, ...]:
+    def plan(
+        self, tokens: range, *, kept: bool, layer_multiple: int = 1, fine: bool = False
+    ) -> tuple[Chunk, ...]:
         """Cut a transfer.
 
         Args:
             tokens: Which tokens are sent.
             kept: Whether their prefill has finished.
             layer_multiple: Of how many layers chunks are multiples.
+            fine: Whether it has a deadline and may change midway.
         """
         layers = self._chunk_layers
         if kept or self._form.opaque is not None:
-            return plan_form(self._form, tokens, layers, layer_multiple=layer_multiple)
+            return plan_form(
+                self._form,
+                tokens,
+                layers,
+                layer_multiple=layer_multiple,
+                most_tokens=range_tokens(len(tokens), DEADLINE_TOKENS) if fine else None,
+            )
         return plan_ahead(
             self._form,
             tokens,
             layers,
             layer_multiple=layer_multiple,
-            step_tokens=self._step_tokens,
+            step_tokens=min(self._step_tokens, DEADLINE_TOKENS) if fine else self._step_tokens,
         )
 
     def multiple(self, layer_step: int, others: Iterable[int], *, kept: bool) -> int:

@@ -199,9 +199,7 @@ class Pulls:
         choice = self._choose(peer, pull, claim, len(chunks))
         for arrivals in (link.arrivals, coders.arrivals):
             arrivals.add(time.monotonic(), native_bytes)
-        multiple = self._layer_multiple(choice, pull, claim)
-        if multiple > 1:
-            chunks = self._cutter.plan(pull.tokens, kept=claim.kept, layer_multiple=multiple)
+        chunks = self._plan(choice, pull, claim)
         ready: Mapping[int, Coded] = {}
         if self._ahead is not None:
             name = claim.prefill.request_id
@@ -273,13 +271,15 @@ class Pulls:
             peer=peer,
         )
 
-    def _layer_multiple(self, choice: Choice, pull: Pull, claim: Claim) -> int:
-        """Return of how many layers chunks are multiples: so that the rest can be coded otherwise, if it may be."""
-        own = choice.pipeline.layer_step
-        if not (pull.takes_parts and by_merit(choice.selection)):
-            return own
-        steps = self._selector.layer_steps(claim.prefill.workload, pull.stages, pull.bundles)
-        return self._cutter.multiple(own, steps, kept=claim.kept)
+    def _plan(self, choice: Choice, pull: Pull, claim: Claim) -> tuple[Chunk, ...]:
+        """Cut a transfer, so that the rest can be coded otherwise, if it may be."""
+        multiple, fine = choice.pipeline.layer_step, False
+        if pull.takes_parts and by_merit(choice.selection):
+            workload = claim.prefill.workload
+            steps = self._selector.layer_steps(workload, pull.stages, pull.bundles)
+            multiple = self._cutter.multiple(multiple, steps, kept=claim.kept)
+            fine = self._selector.has_deadline(workload)
+        return self._cutter.plan(pull.tokens, kept=claim.kept, layer_multiple=multiple, fine=fine)
 
     def _plan_ahead(self, claim: Claim) -> tuple[Pipeline, tuple[Chunk, ...]] | None:
         """Plan for a prefill nobody has asked for as for a consumer like the last one; not before there was one."""
@@ -292,10 +292,7 @@ class Pulls:
         if choice.selection.profile == NONE:
             # a copy is not worth its memory
             return None
-        multiple = self._layer_multiple(choice, wish, claim)
-        return choice.pipeline, self._cutter.plan(
-            wish.tokens, kept=claim.kept, layer_multiple=multiple
-        )
+        return choice.pipeline, self._plan(choice, wish, claim)
 
     def _stream(
         self,

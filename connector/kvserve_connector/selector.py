@@ -1,5 +1,6 @@
 """The table in force in this pod, and the choice it makes for each transfer: arithmetic on values that never change."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -275,6 +276,11 @@ class Selector:
             return None
         self._incumbents[workload, peer] = selection.profile
         return _chosen(ready, selection)
+
+    def has_deadline(self, workload: str) -> bool:
+        """Tell whether transfers of a class are to keep an objective."""
+        ready = self._ready
+        return ready is not None and ready.table.rule(workload).deadline_s < math.inf
 
     def layer_steps(
         self, workload: str, stages: frozenset[str], bundles: frozenset[str] = frozenset()
