@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kvserve_api.errors import ArtifactError, PolicyError
@@ -40,6 +40,7 @@ class Learned:
         model_s: Observed percentiles of the model's own time before a transfer, in seconds, by workload class and
             percentile; what is missing was not observed.
         spread: Of transfer times about what pods predict of them.
+        leeways: By workload class and objective, by how much the percentile may be lower that margins are made for.
         at_risk: The workload classes whose objectives are not kept comfortably: they don't explore.
         native_bytes: Of a usual transfer.
         bytes_per_s: Goodput of a usual link; 0 if none was seen.
@@ -48,6 +49,7 @@ class Learned:
     corrections: Mapping[str, Correction]
     model_s: Mapping[tuple[str, int], float]
     spread: Spread = PRIOR_SPREAD
+    leeways: Mapping[tuple[str, Objective], float] = field(default_factory=dict)
     at_risk: frozenset[str] = frozenset()
     native_bytes: int = REFERENCE_BYTES
     bytes_per_s: float = 0.0
@@ -122,6 +124,7 @@ def _rule(
             candidate,
             slo.objectives,
             thresholds_s,
+            leeways=[learned.leeways.get((name, objective), 0.0) for objective in slo.objectives],
             spread=learned.spread,
             native_bytes=learned.native_bytes,
             link=link,

@@ -244,6 +244,10 @@ def _inputs(program: Program) -> dict[str, Any]:
             if name in table.candidates
         },
         "spread": {"bias": program.learned.spread.bias, "sd": program.learned.spread.sd},
+        "leeways": {
+            f"{name}/p{objective.percentile}": share
+            for (name, objective), share in program.learned.leeways.items()
+        },
         "at_risk": sorted(program.learned.at_risk),
         "model_s": {
             f"{name}/p{percentile}": seen_s

@@ -89,6 +89,7 @@ def margin(
     objectives: Iterable[Objective],
     thresholds_s: Iterable[float],
     *,
+    leeways: Iterable[float],
     spread: Spread,
     native_bytes: float,
     link: Link,
@@ -99,6 +100,7 @@ def margin(
         candidate: Whose time.
         objectives: What is asked, each at its percentile.
         thresholds_s: What each objective leaves a transfer, in seconds, in the same order.
+        leeways: By how much each percentile may be lower, because fewer are late than predicted; see `Leeway`.
         spread: Of the predictions.
         native_bytes: Of a usual transfer: which of its stages the doubt falls on.
         link: A usual link.
@@ -121,8 +123,8 @@ def margin(
     doubt = math.hypot(*(time_s / usual.total_s * unsure for time_s, unsure in stages))
     sd = math.hypot(spread.sd, doubt)
     left_s = most_s = math.inf
-    for objective, threshold_s in zip(objectives, thresholds_s, strict=True):
-        quantile = NormalDist().inv_cdf(objective.percentile / 100)
+    for objective, threshold_s, leeway in zip(objectives, thresholds_s, leeways, strict=True):
+        quantile = NormalDist().inv_cdf(objective.percentile / 100 - leeway)
         factor = min(MOST_MARGIN, math.exp(max(0.0, spread.bias + quantile * sd)))
         left_s = min(left_s, threshold_s / factor)
         most_s = min(most_s, threshold_s)

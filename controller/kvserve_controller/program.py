@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from kvserve_api.errors import ArtifactError, SpecError
 from kvserve_api.latency import Link
-from kvserve_api.policy import Metric, Mode, Policy
+from kvserve_api.policy import Metric, Mode, Objective, Policy
 from kvserve_api.profile_set import DEFAULT_CLASS, NONE, ParetoSet, Profile
 from kvserve_api.rpc.messages import MAX_MESSAGE_BYTES, push_from_table
 from kvserve_api.selection import select
@@ -19,9 +19,10 @@ from kvserve_controller.compile import REFERENCE_BYTES, Learned, compile_table, 
 from kvserve_controller.forecast import Forecast
 from kvserve_controller.learn import Drift, Learner, distance
 from kvserve_controller.ledger import Ledger
+from kvserve_controller.leeway import Leeway
 from kvserve_controller.report import MAX_REPORTS, Report, ReportError
 from kvserve_controller.source import Entry
-from kvserve_controller.window import Window
+from kvserve_controller.window import Window, measured_s
 
 RELEARN_INTERVAL_S: Final = 5.0
 """Least seconds between two tables that differ only by what was learned."""
@@ -30,6 +31,8 @@ URGENT_INTERVAL_S: Final = 1.0
 URGENT_CHANGE: Final = 0.3
 RELEARN_CHANGE: Final = 0.1
 """Least relative change of a correction or deadline that is worth a new table."""
+LEEWAY_CHANGE: Final = 0.03
+"""Least change of a leeway that is worth one."""
 COMFORT: Final = 0.9
 """An objective above this share of its threshold is at risk: its class tries nothing out."""
 
@@ -78,6 +81,7 @@ class Program:
         self._profiles: Mapping[str, Profile] = {}
         self._learner = Learner()
         self._forecast = Forecast()
+        self._leeways: dict[tuple[str, Objective], Leeway] = {}
         self.learned_from = 0
         self.decisions = Ledger()
         self._saved: Saved | None = None
@@ -141,6 +145,11 @@ class Program:
         self.policy = policy
         if policy is not None:
             self.window.keep_classes(policy.classes)
+            self._leeways = {
+                (name, objective): self._leeways.get((name, objective)) or Leeway()
+                for name, workload in policy.classes.items()
+                for objective in workload.slo.objectives
+            }
         if new_pareto:
             self.pareto = pareto
             self._pareto_digest = pareto.digest if pareto is not None else ""
@@ -207,6 +216,7 @@ class Program:
         if profile is None:
             raise ReportError("UnknownProfile", "profile", f"is unknown: {report.profile!r}")
         self.window.add(report, now.mono_s)
+        self._judge(report)
         self.activity.observe_goodput(report.goodput_bytes_per_s)
         if report.shares:
             # which profile took how much of it nobody knows, and what was predicted was not what was done
@@ -215,6 +225,16 @@ class Program:
         self.learned_from += 1
         self._forecast.add(report.total_s, report.predicted_s)
         return "Learned"
+
+    def _judge(self, report: Report) -> None:
+        """Hold a transfer that was chosen by margins against its class's objectives."""
+        if self.policy is None or self.policy.control.mode is not Mode.ACTIVE:
+            return
+        workload = report.workload if report.workload in self.policy.classes else DEFAULT_CLASS
+        for (name, objective), leeway in self._leeways.items():
+            if name == workload:
+                taken_s = measured_s(report, objective.metric)
+                leeway.add(objective, late=taken_s * 1000 > objective.threshold_ms)
 
     def _learned(self, now: Instant, profiles: Iterable[str]) -> Learned:
         model_s = {}
@@ -231,6 +251,7 @@ class Program:
             corrections=self._learner.corrections(profiles),
             model_s=model_s,
             spread=self._forecast.spread,
+            leeways={key: leeway.share for key, leeway in self._leeways.items()},
             at_risk=self._at_risk(now),
             native_bytes=self.window.native_bytes() or REFERENCE_BYTES,
             bytes_per_s=self.window.goodput_bytes_per_s(now.mono_s) or 0.0,
@@ -262,6 +283,11 @@ class Program:
         old, spread = self.learned.spread, new.spread
         # what a percentile adds to the mean moves with both
         if asked and abs(spread.bias - old.bias) + 2 * abs(spread.sd - old.sd) > RELEARN_CHANGE:
+            return True
+        if any(
+            abs(share - self.learned.leeways.get(key, 0.0)) > LEEWAY_CHANGE
+            for key, share in new.leeways.items()
+        ):
             return True
         old_s = self.learned.model_s
         return any(

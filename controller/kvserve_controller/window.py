@@ -62,7 +62,7 @@ class Window:
             now_s: The time on the clock of `add`.
         """
         values = sorted(
-            _measure(transfer.report, metric)
+            measured_s(transfer.report, metric)
             for transfer in self._classes.get(workload_class, ())
             if transfer.at_s > now_s - WINDOW_S
         )
@@ -103,7 +103,8 @@ class Window:
         return recent
 
 
-def _measure(report: Report, metric: Metric | None) -> float:
+def measured_s(report: Report, metric: Metric | None) -> float:
+    """Return what an objective's metric is of a transfer, in seconds; without a metric the model's own time."""
     match metric:
         case None:
             return report.model_s

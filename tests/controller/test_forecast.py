@@ -35,12 +35,15 @@ def objective(percentile: int = 95, threshold_ms: int = 1000) -> Objective:
     )
 
 
-def of(*objectives: Objective, spread: Spread, doubt: Doubt | None = None) -> float:
+def of(
+    *objectives: Objective, spread: Spread, doubt: Doubt | None = None, leeway: float = 0.0
+) -> float:
     """Return a candidate's margin."""
     return margin(
         replace(CANDIDATE, doubt=doubt or Doubt()),
         objectives,
         [each.threshold_ms / 1000 for each in objectives],
+        leeways=[leeway] * len(objectives),
         spread=spread,
         native_bytes=5e7,
         link=LINK,
@@ -79,13 +82,21 @@ def test_doubt_weighs_by_its_stage() -> None:
     assert sure < codec < wire
 
 
+def test_a_leeway_lowers_the_percentile() -> None:
+    """A margin at 95 % with a leeway of 10 % is that at 85 %."""
+    spread = Spread(0.1, 0.3)
+    assert of(objective(95), spread=spread, leeway=0.1) == pytest.approx(
+        of(objective(85), spread=spread)
+    )
+
+
 def test_the_strictest_objective_rules() -> None:
     """A lower percentile with a shorter threshold and a higher one with a longer one are both kept."""
     spread = Spread(0.0, 0.3)
     both = of(objective(50, 1000), objective(99, 1100), spread=spread)
     assert 1.0 / both == pytest.approx(1.1 / of(objective(99, 1100), spread=spread))
     assert of(objective(50), spread=spread) == 1.0
-    assert margin(CANDIDATE, [], [], spread=spread, native_bytes=5e7, link=LINK) == 1.0
+    assert margin(CANDIDATE, [], [], leeways=[], spread=spread, native_bytes=5e7, link=LINK) == 1.0
 
 
 @given(st.floats(-3, 3), st.floats(0, 5), st.sampled_from([50, 90, 95, 99]))

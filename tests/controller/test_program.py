@@ -122,6 +122,30 @@ def test_mixed_transfers_count_and_teach_nothing() -> None:
     assert subject.window.percentile_s("default", Metric.KV_TRANSFER_TIME, 95, NOW.mono_s) == 5.0
 
 
+@pytest.mark.parametrize(
+    ("mode", "loosened"), [pytest.param("Active", True), pytest.param("Shadow", False)]
+)
+def test_margins_loosen_where_few_are_late(mode: str, *, loosened: bool) -> None:
+    """Transfers that keep an objective lower the percentile of margins, mixed ones too, if margins chose them."""
+    objective = {
+        "name": "t",
+        "metric": "KVTransferTime",
+        "percentile": 90,
+        "thresholdMilliseconds": 9,
+    }
+    subject = program(entry(slo={"objectives": [objective]}, control={"mode": mode}))
+    reports = [transfer_report("int4", total_s=0.008) for _ in range(200)]
+    for report in reports[::2]:
+        report.shares.update({"int4": 0.5, "none": 0.5})
+    subject.observe(reports, NOW)
+    subject.tick(later(60))
+    (share,) = subject.learned.leeways.values()
+    assert (share > 0) == loosened
+    subject.observe([transfer_report("int4", total_s=1.0)] * 20, later(60))
+    subject.tick(later(120))
+    assert set(subject.learned.leeways.values()) == {0.0}
+
+
 def test_model_time_becomes_the_deadline() -> None:
     """What the model was seen to take is left out of a transfer's share of the first token."""
     subject = program(entry(slo={"objectives": [TTFT]}))
