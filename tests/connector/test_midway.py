@@ -239,8 +239,10 @@ def test_a_link_that_really_falls() -> None:
         assert outcome.accept is not None
         assert outcome.end is not None
         assert outcome.accept.profile == "none"
-        # it may be chosen for twice
-        assert {"none", "int4-token"} <= outcome.end.parts.keys()
+        # chunks are less than a burst, so how soon the fall is believed, and how much of it, is the scheduler's
+        coarser = outcome.end.parts.keys() - {"none"}
+        assert coarser
+        assert coarser <= {"int8-token", "int4-token"}
         first = outcome.accept.chunks[0]
         assert len(first.tokens) == DEADLINE_TOKENS
         for layers, taken, most in (
