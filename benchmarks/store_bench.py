@@ -60,6 +60,8 @@ FIGURE: Final = ROOT / "docs" / "figures" / "store.png"
 QUIET_S: Final = 0.6
 """For so long nothing was stored: then a prefix is there."""
 MOST_WAIT_S: Final = 60.0
+TELLING: Final = 8
+"""Fetches of one prefix over a new link, before anything is stored for it."""
 MAX_TOKENS: Final = 8192
 """Of a prompt and its answer: as many as the model takes."""
 
@@ -125,8 +127,8 @@ class Bench:
         for mbit in rates_mbit:
             self._pair.link.shape_wires(mbit)
             if mode == KVSERVE:
-                # what is stored and fetched over a new link tells how fast it is
-                for _, prompt in self._stored(engine, size.prefixes[:1], 1, computed):
+                # a link that stays as it is: some fetches tell how fast that is
+                for _, prompt in self._stored(engine, size.prefixes[:1], 1, computed) * TELLING:
                     first_token_s(engine, self._prompts.longer(prompt))
                 stored = self._stored(engine, prefixes, size.texts, computed)
             for _, prompt in stored[: size.texts]:

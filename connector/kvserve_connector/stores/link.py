@@ -11,6 +11,9 @@ from kvserve_connector.selector import DEFAULT_BYTES_PER_S
 
 BUSY_MEMORY_S: Final = 5.0
 """What was measured counts with a weight that falls by a factor e in so many seconds of fetching."""
+MEMORY_SPANS: Final = 3.0
+"""And in so many spans in which something was under way, a prefix or two: over a link that has become fast, seconds of
+fetching are hundreds of prefixes, which would be stored and chosen for the link as it was."""
 FRESH_S: Final = 30.0
 """After so long without a value the goodput may have changed; it is hoped to double each time this passes again."""
 PRIOR_RTT_S: Final = 1e-3
@@ -38,6 +41,7 @@ class StoreLink:
         self._lock = threading.Lock()
         self._under_way = 0
         self._since_s = 0.0
+        self._new_span = False
         self._bytes = 0.0
         self._busy_s = 0.0
         self._last_s = -math.inf
@@ -50,6 +54,7 @@ class StoreLink:
         with self._lock:
             if not self._under_way:
                 self._since_s = now_s
+                self._new_span = True
             self._under_way += 1
 
     def end(self, now_s: float, nbytes: int) -> None:
@@ -58,9 +63,13 @@ class StoreLink:
             self._under_way -= 1
             taken_s = max(0.0, now_s - self._since_s)
             self._since_s = now_s
-            fade = math.exp(-taken_s / BUSY_MEMORY_S)
-            self._bytes = self._bytes * fade + nbytes
-            self._busy_s = self._busy_s * fade + taken_s
+            self._fade(taken_s / BUSY_MEMORY_S)
+            if nbytes and self._new_span:
+                # what does not come says nothing new of the rate
+                self._fade(1 / MEMORY_SPANS)
+                self._new_span = False
+            self._bytes += nbytes
+            self._busy_s += taken_s
             if nbytes:
                 self._last_s = now_s
 
@@ -104,6 +113,12 @@ class StoreLink:
         with self._lock:
             rtt_s = PRIOR_RTT_S if self._rtt_s is None else self._rtt_s
             return Link(bytes_per_s=goodput, backlog_bytes=self._promised_bytes, rtt_s=rtt_s)
+
+    def _fade(self, times: float) -> None:
+        """Let what was measured weigh less by e to this power."""
+        fade = math.exp(-times)
+        self._bytes *= fade
+        self._busy_s *= fade
 
     def ratio(self, rate: Hashable, prior: float) -> float:
         """Return native bytes for each stored one."""

@@ -43,6 +43,20 @@ def test_goodput_follows_and_is_hoped_for_again() -> None:
     assert link.goodput(1e6)[0] == DEFAULT_BYTES_PER_S
 
 
+def test_a_link_that_became_fast_is_known_after_some_prefixes() -> None:
+    """However long the slow fetches took, short ones soon say more: a dozen to a half, twenty to a fifth."""
+    link = StoreLink()
+    for number in range(10):
+        fetched(link, 2.0 * number, 0.5, 5_000_000)
+    assert link.goodput(20.0)[0] == pytest.approx(1e7)
+    for number in range(12):
+        fetched(link, 20.0 + number, 0.02, 2_000_000)
+    assert link.goodput(32.0)[0] == pytest.approx(1e8, rel=0.5)
+    for number in range(8):
+        fetched(link, 32.0 + number, 0.02, 2_000_000)
+    assert link.goodput(40.0)[0] == pytest.approx(1e8, rel=0.2)
+
+
 def test_a_value_that_does_not_come_costs_its_time() -> None:
     """Waiting in vain makes the link slower, not unknown."""
     link = StoreLink()
