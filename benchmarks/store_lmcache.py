@@ -2,8 +2,9 @@
 
 LMCache's engines give KV to a server on their own node (here on the engine's core, over shared memory), which keeps it
 in memory and puts it into Redis. Here one engine computes each prefix, and the other, whose server never had it, asks
-for it once: what is read twice would come from its node's memory. Everything is as LMCache has it by default but for
-pieces of 128 tokens in place of 256, so that more of a short prefix is a whole piece.
+for it once: what is read twice would come from its node's memory. Its server hands over by the engines (mode
+``engine_driven``), has 1 GiB of memory from the start on, and pieces of 128 tokens in place of 256, so that more of a
+short prefix is a whole piece; the rest is as LMCache has it by default.
 """
 
 import json

@@ -245,7 +245,7 @@ def _inputs(program: Program) -> dict[str, Any]:
         },
         "spread": {"bias": program.learned.spread.bias, "sd": program.learned.spread.sd},
         "leeways": {
-            f"{name}/p{objective.percentile}": share
+            f"{name}/{objective.name}": share
             for (name, objective), share in program.learned.leeways.items()
         },
         "at_risk": sorted(program.learned.at_risk),
