@@ -17,13 +17,15 @@ from controller_replay import Queues
 from controller_scenarios import PERCENTILE, Arrival, Scenario, chunks_of
 from kvserve_api.latency import Link
 from kvserve_api.policy import Policy
-from kvserve_api.profile_set import NONE
+from kvserve_api.profile_set import DEFAULT_CLASS, NONE
 from kvserve_api.rpc import control_pb2 as pb
 from kvserve_api.rpc.messages import version_to_message
 from kvserve_api.selection import Bound, Selection, select
 from kvserve_api.table import DecisionTable
+from kvserve_connector.choices import FASTER
 from kvserve_connector.control import REPORT_EVERY_S
 from kvserve_connector.loads import Credit
+from kvserve_connector.midway import by_merit
 from kvserve_controller.program import Instant, Program
 from kvserve_controller.server import TICK_S
 from kvserve_controller.source import Entry
@@ -58,6 +60,9 @@ class KVServe:
         self._residuals = residuals
         self._backlog = backlog
         self._watched = WatchedLink(scenario.rtt_s)
+        self._queues: Queues | None = None
+        self._workload = DEFAULT_CLASS
+        self._watched.ended = self._ended
         self._program = Program(
             "default/bench",
             prior_bytes_per_s=scenario.prior_bytes_per_s,
@@ -84,7 +89,9 @@ class KVServe:
 
     def choose(self, index: int, arrival: Arrival, tandem: Queues) -> str:
         """Return what the pod selects."""
+        self._queues = tandem
         self._until(arrival.at_s)
+        self._workload = arrival.workload
         known = self._link()
         if self._told:
             known = replace(known, bytes_per_s=tandem.capacity.at(arrival.at_s))
@@ -120,6 +127,27 @@ class KVServe:
             native,
         )
         self._under_way.append((index, profile, self._table, sent))
+
+    def _ended(self, native_bytes: int) -> None:
+        """Probe the link, as the connector would when a transfer has ended."""
+        state, table = self._watched.state, self._table
+        if self._queues is None or not state.unsure:
+            return
+        known = self._link()
+        now, then = (
+            select(
+                table,
+                self._workload,
+                native_bytes=native_bytes,
+                link=replace(known, bytes_per_s=faster * known.bytes_per_s),
+                chunks=chunks_of(native_bytes),
+                incumbent=self._incumbents.get(self._workload),
+            )
+            for faster in (1.0, FASTER)
+        )
+        if by_merit(now) and now.profile != then.profile:
+            state.wish_probe()
+            self._watched.probe(self._queues)
 
     def _link(self) -> Link:
         """Return what the pod knows of the link, and of its coder: there is one of each."""

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from controller_queue import Sent
+from controller_queue import Sent, Work
+from controller_replay import Queues
 from kvserve_api.latency import Link, StageCost
 from kvserve_connector.links import LinkState
 from kvserve_connector.loads import Coders
+from kvserve_connector.probing import FIRST_BYTES, PROBE_BYTES, goes_on
 from kvserve_connector.promises import Promise
 
 INFO_BYTES: Final = 192
 ACKED_AT: Final = 120
 MIN_RTT_AT: Final = 148
 RATE_AT: Final = 160
-FREE: Final = StageCost()
 """Offsets in the kernel's ``struct tcp_info``."""
+FREE: Final = StageCost()
 
 
 class Account:
@@ -88,6 +90,7 @@ class WatchedLink:
     Attributes:
         now_s: The time.
         state: The connector's own account of the link.
+        ended: Takes the native bytes of each transfer when its last chunk has been sent.
         coders: Its account of the producer's one coder.
     """
 
@@ -99,6 +102,7 @@ class WatchedLink:
         self._open: list[_Transfer] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self.ended: Callable[[int], None] = lambda native_bytes: None
 
     def promise(
         self,
@@ -129,7 +133,11 @@ class WatchedLink:
         # stands for a socket in all that the link asks of one
         account: Any = Account(sent, self._rtt_s, lambda: self.now_s)
         self.state.attach(account)
-        self._open.append(_Transfer(sent, account, promise, observed=encode is not FREE))
+        self._open.append(
+            _Transfer(
+                sent, account, promise, observed=encode is not FREE, native_bytes=native_bytes
+            )
+        )
 
     def until(self, now_s: float) -> None:
         """Let the connector look at its sockets as it would have done until now."""
@@ -144,6 +152,23 @@ class WatchedLink:
             self.now_s, _, happen = heapq.heappop(self._events)
             happen()
         self.now_s = now_s
+
+    def probe(self, queues: Queues) -> None:
+        """Do what the connector does when a consumer asks for a probe; what comes next waits for it on the link."""
+        start_s = max(self.now_s + self._rtt_s, queues.link_free_s)
+        nbytes, end_s = FIRST_BYTES, queues.capacity.finish_s(start_s, FIRST_BYTES)
+        if goes_on(end_s - start_s, self.state.goodput_bytes_per_s or 0.0):
+            nbytes, end_s = PROBE_BYTES, queues.capacity.finish_s(start_s, PROBE_BYTES)
+        queues.link_free_s = end_s
+        sent = Sent(start_s, Work(0.0, nbytes, 0.0, 1), [(start_s, start_s, end_s)])
+        account: Any = Account(sent, self._rtt_s, lambda: self.now_s)
+        self.state.attach(account)
+
+        def end() -> None:
+            self.state.detach(account)
+            self.state.end_probe(end_s - start_s)
+
+        self._at(end_s, end)
 
     def link(self, prior_bytes_per_s: float) -> Link:
         """Return what is known now."""
@@ -169,6 +194,7 @@ class WatchedLink:
         if transfer.gone == transfer.sent.work.chunks:
             self.state.detach(transfer.account)
             transfer.promise.end()
+            self.ended(transfer.native_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -179,5 +205,6 @@ class _Transfer:
     account: Any
     promise: Promise
     observed: bool
+    native_bytes: int
     seen: int = 0
     gone: int = 0

@@ -68,6 +68,7 @@ class Midway(KVServe):
         if passing.gone == passing.work.chunks:
             self._watched.state.detach(account)
             course.end()
+            self._watched.ended(self._scenario.arrivals[passing.index].native_bytes)
 
     def _code(self, passing: Passing, place: int) -> Coded:
         name = passing.names[place]

@@ -57,6 +57,11 @@ TRANSFER_WIRE_BYTES: Final = Instrument(
     unit="By",
     description="Bytes on the wire, headers and checksums included, by profile and direction.",
 )
+PROBE_BYTES: Final = Instrument(
+    name="kvserve.link.probe_bytes",
+    unit="By",
+    description="Bytes that were sent only to find out whether a link has become faster.",
+)
 TRANSFER_STAGE_DURATION: Final = Instrument(
     name="kvserve.transfer.stage.duration",
     unit="s",

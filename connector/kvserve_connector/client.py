@@ -23,7 +23,7 @@ from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Receiver, TcpReceiver
 from kvserve_connector.chunks import check_form
 from kvserve_connector.coding import ChunkCoder
-from kvserve_connector.commands import MAX_RENEWED, PARTS, Pull, Release, Renew
+from kvserve_connector.commands import MAX_RENEWED, PARTS, PROBES, Pull, Release, Renew
 from kvserve_connector.config import NIXL, ConnectorConfig
 from kvserve_connector.connections import Connections
 from kvserve_connector.frames import FrameSocket
@@ -31,6 +31,7 @@ from kvserve_connector.gate import Gate
 from kvserve_connector.handover import Load
 from kvserve_connector.intake import Intake, receive_message
 from kvserve_connector.outcome import Outcome
+from kvserve_connector.probing import take_padding
 from kvserve_connector.protocol import HEADER_BYTES, Kind, pack_header
 from kvserve_connector.remote import Remote
 from kvserve_connector.renewals import SHARE_OF_LEASE, Renewals
@@ -86,7 +87,7 @@ class TransferClient:
     ) -> None:
         self._config = config
         self._form = cache.form
-        self._wishes = stages | {PARTS}
+        self._wishes = stages | {PARTS, PROBES}
         self._bundles = bundles
         self._report = report
         self._intake = Intake(ChunkCoder(cache.form, bundles.find), cache, coders)
@@ -151,10 +152,11 @@ class TransferClient:
     def _run(self, load: Load, active: _Active, deadline_s: float) -> None:
         outcome = Outcome(load=load, native_bytes=self._form.native_bytes(load.tokens))
         started_s = time.monotonic()
+        asking: FrameSocket | None = None
         try:
             with tracing.span(SPAN_TRANSFER, load.remote.traceparent) as span:
                 try:
-                    self._pull(load, active, outcome, deadline_s)
+                    asking = self._pull(load, active, outcome, deadline_s)
                 finally:
                     span.set_attribute(ATTR_WORKLOAD, load.workload)
                     span.set_attribute(ATTR_NATIVE_BYTES, outcome.native_bytes)
@@ -184,8 +186,23 @@ class TransferClient:
         with self._lock:
             self._active.pop(load.request_id, None)
         self._report(outcome)
+        if asking is not None:
+            self._take_probe(load.remote, asking)
 
-    def _pull(self, load: Load, active: _Active, outcome: Outcome, deadline_s: float) -> None:
+    def _take_probe(self, remote: Remote, frames: FrameSocket) -> None:
+        """Let a producer find out how fast the link is, and keep the connection."""
+        try:
+            take_padding(frames)
+        except KVServeError as error:
+            logger.info("no probe of the link from %s:%d: %s", remote.host, remote.port, error)
+            frames.close()
+        else:
+            self._connections.keep(remote, frames)
+
+    def _pull(
+        self, load: Load, active: _Active, outcome: Outcome, deadline_s: float
+    ) -> FrameSocket | None:
+        """Do the transfer; a connection that is returned is one over which the producer wishes to probe the link."""
         frames, accept = self._ask(load, active, deadline_s)
         self._renewals.drop(load.remote)
         outcome.accept = accept
@@ -215,7 +232,10 @@ class TransferClient:
                     future.exception()
             with self._lock:
                 active.frames = None
+        if outcome.end.probe:
+            return frames
         self._connections.keep(load.remote, frames)
+        return None
 
     def _ask(self, load: Load, active: _Active, deadline_s: float) -> tuple[FrameSocket, Accept]:
         """Ask for the KV and return the promise; a kept connection that turns out dead is replaced once."""

@@ -13,6 +13,8 @@ from kvserve_connector.remote import MAX_ID, MAX_RANKS, MAX_TOKENS
 MAX_STAGES: Final = 256
 PARTS: Final = "transfer.parts.v1"
 """Stands among the stages of a consumer that understands an END with parts: producers pass over ids they don't know."""
+PROBES: Final = "transfer.probes.v1"
+"""Likewise of one that takes probes of the link when an END wishes for them."""
 MAX_BUNDLES: Final = 64
 MAX_RENEWED: Final = 1024
 MAX_DELAYS: Final = 1e4
@@ -32,7 +34,7 @@ class Pull:
         fingerprint: The consumer's model.
         layout: Form of the consumer's cache, or of its first part.
         blocks: What the consumer's blocks hold, where they are carried whole; see `kvserve_connector.form.Form`.
-        stages: Ids of the stages it can decode, and `PARTS`.
+        stages: Ids of the stages it can decode, and `PARTS` and `PROBES`.
         bundles: Digests of the calibration bundles that it has ready.
         budget_s: Seconds until it gives up.
         traceparent: Its transfer span.
@@ -64,6 +66,11 @@ class Pull:
     def takes_parts(self) -> bool:
         """Whether the consumer understands that several profiles have coded a transfer."""
         return PARTS in self.stages
+
+    @property
+    def takes_probes(self) -> bool:
+        """Whether the consumer takes probes of the link."""
+        return PROBES in self.stages
 
     def pack(self) -> bytes:
         """Return the frame."""

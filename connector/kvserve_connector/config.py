@@ -11,6 +11,7 @@ from kvserve_api.credentials import NO_CREDENTIALS, CredentialFiles
 from kvserve_api.errors import SpecError
 from kvserve_api.fields import Fields
 from kvserve_api.names import ENV_ARTIFACTS
+from kvserve_connector.links import PROBE_SHARE
 from kvserve_connector.stores.config import StoreConfig, read_store
 
 PATH = "kv_connector_extra_config"
@@ -44,6 +45,7 @@ class ConnectorConfig:
         staging_bytes: Memory that NIXL reads from, or into.
         chunk_layers: Most layers in a chunk. More chunks overlap better, fewer cost less.
         codec_threads: Threads that encode and decode, next to the engine's own.
+        probe_share: Most of a link's time in which a producer may find out whether it has become faster; 0 for none.
         credentials: What this pod proves itself with, to other pods and to the controller, and what it asks of them.
         tls_server_name: Name that a producer's certificate must carry; None takes any of the authority's.
         peers: Networks that producers may be in; empty for any.
@@ -72,6 +74,7 @@ class ConnectorConfig:
     staging_bytes: int = 64 << 20
     chunk_layers: int = 5
     codec_threads: int = 1
+    probe_share: float = PROBE_SHARE
     credentials: CredentialFiles = NO_CREDENTIALS
     tls_server_name: str | None = None
     peers: tuple[Network, ...] = ()
@@ -147,6 +150,7 @@ class ConnectorConfig:
             ),
             chunk_layers=fields.integer("chunk_layers", 5, minimum=1, maximum=1024),
             codec_threads=fields.integer("codec_threads", 1, minimum=1, maximum=64),
+            probe_share=fields.number("probe_share", PROBE_SHARE, minimum=0, maximum=0.5),
             credentials=CredentialFiles(
                 secret_file=_file(fields, "secret_file"),
                 tls_cert_file=_file(fields, "tls_cert_file"),

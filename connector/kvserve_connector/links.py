@@ -33,6 +33,12 @@ BURST_BYTES: Final = 128 << 10
 """What shapers and switches let pass at once after a pause; it must not make a link look faster than it is."""
 SCATTER: Final = 1 / 8
 """So much more than is thought of it, in shares, a link that never rests must show to be thought faster."""
+PROBE_SHARE: Final = 0.02
+"""Most of a link's time that goes into finding out whether it has become faster."""
+UNSURE_S: Final = 0.2
+"""After so long without a sample that surely was the link's, only more bytes can show that it has become faster."""
+PROBE_EVERY_S: Final = 0.5
+"""So long at least passes from one wish to find out to the next."""
 MAX_LINKS: Final = 256
 
 
@@ -44,10 +50,14 @@ class LinkState:
 
     Args:
         now_s: A clock that never goes back.
+        probe_share: Most of the link's time that may go into probes; 0 for none.
     """
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, now_s: Callable[[], float] = time.monotonic, probe_share: float = PROBE_SHARE
+    ) -> None:
         self._now_s = now_s
+        self._probe_share = probe_share
         self._lock = threading.Lock()
         self._goodput: Goodput | None = None
         self._backlog_bytes = 0.0
@@ -60,8 +70,10 @@ class LinkState:
         self._slack_s = 0.0
         self._delivery_bytes_per_s = 0
         self._best_bytes_per_s = 0.0
-        self._since_s = self._sure_s = self._seen_s = now_s()
+        self._since_s = self._sure_s = self._told_s = self._seen_s = now_s()
         self._allowed_bytes = float(BURST_BYTES)
+        self._probe_wished = False
+        self._next_probe_s = 0.0
         self.arrivals = Arrivals(self._since_s)
 
     def snapshot(
@@ -115,6 +127,40 @@ class LinkState:
         """What was learnt so far, without another look; None before anything was."""
         goodput = self._goodput
         return None if goodput is None else goodput.bytes_per_s
+
+    @property
+    def wanted(self) -> bool:
+        """Whether something that was promised is still to be sent."""
+        return self._backlog_bytes >= 1
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the link, which rests, may have become faster unseen, and may be probed."""
+        time_s = self._now_s()
+        return (
+            self._probe_share > 0
+            and self._goodput is not None
+            and not self.wanted
+            and time_s - self._told_s > UNSURE_S
+            and time_s >= self._next_probe_s
+        )
+
+    def wish_probe(self) -> None:
+        """Expect that the consumer will ask for a probe."""
+        with self._lock:
+            self._probe_wished = True
+            self._next_probe_s = self._now_s() + PROBE_EVERY_S
+
+    def begin_probe(self) -> bool:
+        """Tell whether a probe was wished for; it is none any longer."""
+        with self._lock:
+            wished, self._probe_wished = self._probe_wished, False
+        return wished
+
+    def end_probe(self, took_s: float) -> None:
+        """Let as long pass to the next probe as this one, in seconds, asks for."""
+        with self._lock:
+            self._next_probe_s = self._now_s() + max(PROBE_EVERY_S, took_s / self._probe_share)
 
     def queue(self, wire_bytes: float, decode_s: float = 0.0) -> None:
         """Take note of bytes, and of the seconds to decode them, that were promised or (negative) are on their way."""
@@ -220,7 +266,7 @@ class LinkState:
         if complete:
             known = self._goodput
             if busy_s > 2 * slack_s:
-                self._sure_s = time_s
+                self._sure_s = self._told_s = time_s
             elif known is not None and time_s - self._sure_s > FORGET_S:
                 self._sure_s = time_s
                 hoped = min(2 * known.shown_bytes_per_s, self._best_bytes_per_s)
@@ -242,11 +288,16 @@ class LinkState:
 class LinkBook:
     """The links to all consumers, by address; the least recently used are forgotten.
 
+    Args:
+        codec_threads: How many threads encode.
+        probe_share: Most of a link's time that may go into probes; 0 for none.
+
     Attributes:
         coders: What encodes for all of them.
     """
 
-    def __init__(self, codec_threads: int = 1) -> None:
+    def __init__(self, codec_threads: int = 1, probe_share: float = PROBE_SHARE) -> None:
+        self._probe_share = probe_share
         self.coders = Coders(codec_threads, time.monotonic())
         self._lock = threading.Lock()
         self._links: OrderedDict[str, LinkState] = OrderedDict()
@@ -254,7 +305,7 @@ class LinkBook:
     def link(self, peer: str) -> LinkState:
         """Return the link to a peer."""
         with self._lock:
-            state = self._links.setdefault(peer, LinkState())
+            state = self._links.setdefault(peer, LinkState(probe_share=self._probe_share))
             self._links.move_to_end(peer)
             while len(self._links) > MAX_LINKS:
                 self._links.popitem(last=False)

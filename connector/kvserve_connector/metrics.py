@@ -20,6 +20,7 @@ from kvserve_api.telemetry import (
     CACHE_OPAQUE,
     CONTROL_FAILURES,
     LEASES,
+    PROBE_BYTES,
     REPORTS_DROPPED,
     SELECTIONS,
     STORE_DECISIONS,
@@ -51,7 +52,7 @@ Data = dict[str, dict[str, Any]]
 """Totals as plain JSON: ``{"rows": {"direction profile": [as ROW]}, "failures": {"direction reason": count},
 "leases": {how it ended: count}, "opaque": {why: 1}, "operations": {"get Hit": count},
 "tokens": {what became of them: count}, "decisions": {"fetch why": count},
-"transports": {"direction transport": count}}``."""
+"transports": {"direction transport": count}, "probes": {"send": bytes}}``."""
 COUNTS: Final = (
     "failures",
     "leases",
@@ -60,6 +61,7 @@ COUNTS: Final = (
     "tokens",
     "decisions",
     "transports",
+    "probes",
 )
 """What is counted beside the rows."""
 
@@ -87,6 +89,7 @@ class Metrics:
         meter = metrics.get_meter("kvserve.connector")
         self._native = counter(meter, TRANSFER_NATIVE_BYTES)
         self._wire = counter(meter, TRANSFER_WIRE_BYTES)
+        self._probes = counter(meter, PROBE_BYTES)
         self._stages = histogram(meter, TRANSFER_STAGE_DURATION)
         self._failures = counter(meter, TRANSFER_FAILURES)
         self._selections = counter(meter, SELECTIONS)
@@ -170,6 +173,13 @@ class Metrics:
         )
         with self._lock:
             add_count(self._totals, "transports", f"receive {outcome.transport}")
+
+    def probed(self, padding_bytes: int) -> None:
+        """Count bytes that were sent only to learn of a link."""
+        if padding_bytes:
+            self._probes.add(padding_bytes)
+            with self._lock:
+                add_count(self._totals, "probes", "send", padding_bytes)
 
     def failed(self, direction: str, reason: str) -> None:
         """Count a transfer that did not come about."""

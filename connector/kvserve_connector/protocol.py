@@ -13,6 +13,9 @@ body is a self-describing blob with checksums of its own. Over one connection, o
     DONE                    →     the blocks are free
     RELEASE {what}          →     (instead of PULL: nobody will fetch this)
     RENEW {what}            →     (likewise: these will be fetched, keep them)
+    PROBE                   →     (after an END that wishes for it, see `kvserve_connector.probing`)
+                            ←     PADDING bytes, and at the end PADDING without any
+    DONE                    →
 
 Where both sides have NIXL, the bytes of chunks do not come over the connection (`kvserve_connector.staged`): in place
 of each CHUNK there are
@@ -58,6 +61,8 @@ class Kind(IntEnum):
     RENEW = 9
     STAGED = 10
     TAKEN = 11
+    PROBE = 12
+    PADDING = 13
     HELLO = 16
     CHALLENGE = 17
     PROOF = 18

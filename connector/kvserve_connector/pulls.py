@@ -15,7 +15,6 @@ from kvserve_api.errors import (
     WireError,
     WireReason,
 )
-from kvserve_api.latency import Link
 from kvserve_api.profile_set import NONE
 from kvserve_api.telemetry import (
     ATTR_BOUND,
@@ -29,11 +28,12 @@ from kvserve_connector.ahead import Ahead
 from kvserve_connector.bundles import BundleBook
 from kvserve_connector.cache import EngineCache
 from kvserve_connector.carriers import Sender, TcpSender
+from kvserve_connector.choices import Asked, Choices
 from kvserve_connector.chunks import Chunk
 from kvserve_connector.claims import Claim
 from kvserve_connector.coding import ChunkCoder
 from kvserve_connector.commands import Pull
-from kvserve_connector.config import NIXL, ConnectorConfig
+from kvserve_connector.config import NIXL, TCP, ConnectorConfig
 from kvserve_connector.course import Course, Rest
 from kvserve_connector.cutting import Cutter
 from kvserve_connector.encoder import Coded, Encoder
@@ -41,8 +41,8 @@ from kvserve_connector.frames import FrameSocket
 from kvserve_connector.leases import SENT, LeaseBook
 from kvserve_connector.links import LinkBook, LinkState
 from kvserve_connector.metrics import Metrics
-from kvserve_connector.midway import by_merit, follows
 from kvserve_connector.patience import Patience
+from kvserve_connector.probing import send_padding
 from kvserve_connector.protocol import Kind
 from kvserve_connector.replies import Accept, End, Refuse
 from kvserve_connector.selector import Choice, Selector
@@ -93,7 +93,8 @@ class Pulls:
         self._selector = selector
         self._links = links
         self._metrics = metrics
-        self._cutter = Cutter(cache.form, config.chunk_layers, step_tokens)
+        cutter = Cutter(cache.form, config.chunk_layers, step_tokens)
+        self._choices = Choices(cache.form, selector, links, cutter)
         self._closed = False
         self._last: tuple[str, Pull] | None = None
         self._encoder = Encoder(cache, ChunkCoder(cache.form, bundles.find), coders)
@@ -154,6 +155,14 @@ class Pulls:
         finally:
             self._leases.end(claim.prefill.request_id, outcome)
 
+    def probe(self, frames: FrameSocket, peer: str) -> None:
+        """Show how fast the link to a consumer is, which asks for it because that was wished for.
+
+        Raises:
+            KVServeError: The consumer is gone, or says something else.
+        """
+        self._metrics.probed(send_padding(frames, self._links.link(peer)))
+
     def _claim(self, pull: Pull, frames: FrameSocket) -> Claim:
         if pull.engine_id != self._engine_id:
             raise TransferError(
@@ -188,18 +197,17 @@ class Pulls:
         self, frames: FrameSocket, peer: str, pull: Pull, claim: Claim, patience: Patience
     ) -> None:
         form = self._form
-        native_bytes = form.native_bytes(pull.tokens)
+        asked = Asked(peer=peer, pull=pull, claim=claim)
         # chosen when the work begins: until then it is not in the way of others
         patience.wait(lambda: claim.computed is not None)
-        chunks = self._cutter.plan(pull.tokens, kept=claim.kept)
         self._last = (peer, pull)
         link = self._links.link(peer)
         coders = self._links.coders
         coders.follow(self._selector.table)
-        choice = self._choose(peer, pull, claim, len(chunks))
+        choice = self._choices.choose(asked)
         for arrivals in (link.arrivals, coders.arrivals):
-            arrivals.add(time.monotonic(), native_bytes)
-        chunks = self._plan(choice, pull, claim)
+            arrivals.add(time.monotonic(), form.native_bytes(pull.tokens))
+        chunks = self._choices.plan(asked, choice)
         ready: Mapping[int, Coded] = {}
         if self._ahead is not None:
             name = claim.prefill.request_id
@@ -214,11 +222,11 @@ class Pulls:
             link,
             coders,
             self._selector.prior_bytes_per_s,
-            partial(self._choose_rest, peer, pull, claim, patience) if pull.takes_parts else None,
+            partial(self._choose_rest, asked, patience) if pull.takes_parts else None,
         )
         sender = self._sender(frames, pull, link)
         try:
-            self._stream(frames, pull, claim, choice, chunks, course, patience, ready, sender)
+            self._stream(frames, asked, choice, chunks, course, patience, ready, sender)
         finally:
             sender.close()
             course.end()
@@ -228,58 +236,10 @@ class Pulls:
             return StagedSender(frames, link, self.staging, self._config.stall_s)
         return TcpSender(frames, link)
 
-    def _known(self, peer: str, pull: Pull, claim: Claim) -> Link:
-        """Return what is known now of the way to a consumer."""
-        return self._links.link(peer).snapshot(
-            self._selector.prior_bytes_per_s,
-            self._links.coders,
-            pull.decode_delays,
-            hidden_s=claim.left_s,
-        )
-
-    def _choose(
-        self, peer: str, pull: Pull, claim: Claim, chunks: int, *, guess: bool = False
-    ) -> Choice:
-        return self._selector.choose(
-            claim.prefill.workload,
-            native_bytes=self._form.native_bytes(pull.tokens),
-            link=self._known(peer, pull, claim),
-            chunks=chunks,
-            stages=pull.stages,
-            bundles=pull.bundles,
-            peer=peer,
-            guess=guess,
-        )
-
-    def _choose_rest(
-        self, peer: str, pull: Pull, claim: Claim, patience: Patience, rest: Rest
-    ) -> Choice | None:
-        """Choose again for what nobody has begun to code; see `kvserve_connector.midway`."""
-        layers = [part.layout.layers for part in self._form.parts]
-        return self._selector.choose_rest(
-            claim.prefill.workload,
-            before=rest.before,
-            before_bytes_per_s=rest.before_bytes_per_s,
-            native_bytes=rest.native_bytes,
-            link=self._known(peer, pull, claim),
-            chunks=len(rest.chunks),
-            follows=lambda pipeline: follows(pipeline.layer_step, layers, rest.chunks),
-            # the deadline begins when the prefill has ended and is asked for
-            spent_s=min(claim.since_end_s, patience.spent_s),
-            stages=pull.stages,
-            bundles=pull.bundles,
-            peer=peer,
-        )
-
-    def _plan(self, choice: Choice, pull: Pull, claim: Claim) -> tuple[Chunk, ...]:
-        """Cut a transfer, so that the rest can be coded otherwise, if it may be."""
-        multiple, fine = choice.pipeline.layer_step, False
-        if pull.takes_parts and by_merit(choice.selection):
-            workload = claim.prefill.workload
-            steps = self._selector.layer_steps(workload, pull.stages, pull.bundles)
-            multiple = self._cutter.multiple(multiple, steps, kept=claim.kept)
-            fine = self._selector.has_deadline(workload)
-        return self._cutter.plan(pull.tokens, kept=claim.kept, layer_multiple=multiple, fine=fine)
+    def _choose_rest(self, asked: Asked, patience: Patience, rest: Rest) -> Choice | None:
+        # the deadline begins when the prefill has ended and is asked for
+        spent_s = min(asked.claim.since_end_s, patience.spent_s)
+        return self._choices.choose_rest(asked, spent_s, rest)
 
     def _plan_ahead(self, claim: Claim) -> tuple[Pipeline, tuple[Chunk, ...]] | None:
         """Plan for a prefill nobody has asked for as for a consumer like the last one; not before there was one."""
@@ -287,18 +247,17 @@ class Pulls:
             return None
         peer, last = self._last
         wish = replace(last, tokens=range(claim.prefill.tokens))
-        chunks = self._cutter.plan(wish.tokens, kept=claim.kept)
-        choice = self._choose(peer, wish, claim, len(chunks), guess=True)
+        asked = Asked(peer=peer, pull=wish, claim=claim)
+        choice = self._choices.choose(asked, guess=True)
         if choice.selection.profile == NONE:
             # a copy is not worth its memory
             return None
-        return choice.pipeline, self._plan(choice, wish, claim)
+        return choice.pipeline, self._choices.plan(asked, choice)
 
     def _stream(
         self,
         frames: FrameSocket,
-        pull: Pull,
-        claim: Claim,
+        asked: Asked,
         choice: Choice,
         chunks: tuple[Chunk, ...],
         course: Course,
@@ -306,7 +265,7 @@ class Pulls:
         ready: Mapping[int, Coded],
         sender: Sender,
     ) -> None:
-        selection = choice.selection
+        pull, claim, selection = asked.pull, asked.claim, choice.selection
         frames.send(
             Accept(
                 profile=selection.profile,
@@ -337,6 +296,7 @@ class Pulls:
             encode_s=sum(part.encode_s for part in parts.values()),
             goodput_bytes_per_s=course.link.snapshot(self._selector.prior_bytes_per_s).bytes_per_s,
             parts=parts if len(parts) > 1 else {},
+            probe=sender.name == TCP and self._choices.wishes_probe(asked, choice),
         )
         if pull.transfer:
             end = replace(

@@ -115,6 +115,7 @@ class End:
         model_s: As in `Accept`, of a prefill that had not ended then.
         prefill_s: Seconds from the PULL's arrival to the end of that prefill, or to this message if it comes first.
         parts: By profile, where several coded it; without their seconds.
+        probe: It would like to know whether the link has become faster.
     """
 
     encode_s: float
@@ -123,6 +124,7 @@ class End:
     model_s: float = 0.0
     prefill_s: float = 0.0
     parts: Mapping[str, Part] = field(default_factory=dict)
+    probe: bool = False
 
     def pack(self) -> bytes:
         """Return the frame."""
@@ -138,6 +140,8 @@ class End:
             value["parts"] = {
                 name: [part.native_bytes, part.wire_bytes] for name, part in self.parts.items()
             }
+        if self.probe:
+            value["probe"] = True
         return pack_message(Kind.END, value)
 
     @classmethod
@@ -152,6 +156,7 @@ class End:
                 model_s=fields.number("model_s", 0.0, minimum=0),
                 prefill_s=fields.number("prefill_s", 0.0, minimum=0),
                 parts=_parts(fields.mapping("parts", {})),
+                probe=fields.boolean("probe", False),
             )
             fields.done()
         except SpecError as error:

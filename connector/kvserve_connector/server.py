@@ -113,6 +113,8 @@ class TransferServer:
                         self._leases.release(release.request_id, transfer=release.transfer)
                 elif header.kind == Kind.RENEW:
                     self._leases.renew(Renew.parse(body).names)
+                elif header.kind == Kind.PROBE:
+                    self.pulls.probe(frames, peer)
                 else:
                     self._door.expect_no(header.kind)
         except UnauthenticatedError as error:

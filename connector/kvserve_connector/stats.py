@@ -106,6 +106,11 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 "direction",
                 "transport",
             ),
+            "probes": self._counter(
+                "vllm:kvserve_probe_bytes",
+                "Bytes that were sent only to find out whether a link has become faster.",
+                "direction",
+            ),
         }
         self._opaque = self._gauge_cls(
             name="vllm:kvserve_opaque_cache",

@@ -99,7 +99,7 @@ class WorkerHalf:
         self._ended = threading.Event()
         self._leases = LeaseBook(config.lease_s, ended=self._ended.set)
         self._selector = Selector()
-        self._links = LinkBook(config.codec_threads)
+        self._links = LinkBook(config.codec_threads, config.probe_share)
         self._metrics = Metrics(self._selector)
         self._bundles = BundleBook(open_artifacts(config), engine.fingerprint, engine.layout)
         self._control = ControlClient(

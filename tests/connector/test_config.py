@@ -40,6 +40,7 @@ def test_defaults() -> None:
         pytest.param({"timeout_s": float("nan")}, "timeout_s", id="nan"),
         pytest.param({"timeout_s": 1.0, "stall_s": 2.0}, "stall_s", id="stall-above-timeout"),
         pytest.param({"chunk_layers": 0}, "chunk_layers", id="no-layers"),
+        pytest.param({"probe_share": 0.6}, "probe_share", id="probes-most-of-the-time"),
         pytest.param({"labels_file": "/does/not/exist"}, "labels_file", id="labels-missing"),
         pytest.param({"store": "file:///kv"}, "store", id="store-as-text"),
         pytest.param({"store": {}}, "store.url", id="store-without-url"),

@@ -34,6 +34,7 @@ REPLIES = {
         goodput_bytes_per_s=1e8,
         parts={"none": Part(3000, 3100), "int4-token": Part(4000, 1100)},
     ),
+    "end-that-wishes-for-a-probe": End(encode_s=0.5, goodput_bytes_per_s=1e8, probe=True),
     "refuse": Refuse(reason="Expired", detail="too late"),
 }
 

@@ -217,7 +217,7 @@ def pair(
     selector = Selector()
     metrics = Metrics(selector)
     leases = LeaseBook(lease_s)
-    links = LinkBook()
+    links = LinkBook(probe_share=config.probe_share)
     source, target = make_cache(blocks, seed=7), make_cache(blocks, form=form)
     ours = BundleBook(None, ENGINE.fingerprint, ENGINE.layout)
     theirs = BundleBook(None, form.fingerprint, form.layout)
