@@ -34,6 +34,8 @@ IDLE_S: Final = 0.02
 meanwhile waits for no longer."""
 SHARED_IDLE_S: Final = 0.04
 """The same of an engine on CPUs: each time its three processes take four milliseconds from the core that decodes."""
+SAVING_IDLE_S: Final = 0.008
+"""The same where prompts are being saved only, which nobody waits for: a request that arrives must not wait long."""
 UNHURRIED: Final = 1e-3
 """By how much encoding counts in the choice of how a prompt is stored: it is coded once, and nobody waits for it."""
 LATE: Final = "Late"
@@ -151,8 +153,11 @@ class StoreWorker:
 
         In a step that computes nothing it waits a moment for what is under way.
         """
-        if self._idle and self._pending and not self._news.found and not self._received:
-            self._changed.wait(self._idle_s)
+        if self._idle and not self._news.found and not self._received:
+            if self._pending:
+                self._changed.wait(self._idle_s)
+            elif self._kept and not self._sent:
+                self._changed.wait(SAVING_IDLE_S)
         self._changed.clear()
         with self._lock:
             results = (self._sent, self._received, self._invalid)
@@ -227,6 +232,7 @@ class StoreWorker:
                 self._sent.add(outcome.request_id)
             else:
                 self._ended.add(outcome.request_id)
+        self._changed.set()
 
     def _warm_up(self, coder: ChunkCoder, coders: Executor) -> None:
         """Decode once what may come without a table, where it will be: what has to be compiled takes seconds."""
