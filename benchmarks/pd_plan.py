@@ -13,8 +13,8 @@ KVSERVE_QUALITY: Final = "kvserve-quality"
 OURS: Final = (KVSERVE, KVSERVE_QUALITY)
 STATICS: Final = ("focus-3-fine", "focus-3", "joint-3-fine")
 """Over the moving link, in every round: within the quality budget, and each can be the best."""
-SELDOM: Final = (RAW,)
-"""Over the moving link, in its first rounds only: it never was near the best there, and waits for itself."""
+SELDOM: Final = ("joint-3-finer", RAW)
+"""Over the moving link, in its first rounds only: they are far from the best there, and raw waits for itself."""
 SELDOM_ROUNDS: Final = 3
 """In so many: of fewer there is no interval, and with one alone some redrawn sets had no late request."""
 SMALL: Final = "joint-10"

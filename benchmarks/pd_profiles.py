@@ -1,4 +1,7 @@
-"""The profiles of ``make bench-pd`` and ``bench-store``: presets, measured on the model as a profiling run does."""
+"""The profiles of ``make bench-pd`` and ``bench-store``: presets, measured on the model as a profiling run does.
+
+Between the presets is one strategy more, as a search finds many.
+"""
 
 import hashlib
 import sys
@@ -8,6 +11,7 @@ from typing import Final
 
 from kvserve_api.errors import KVServeError
 from kvserve_api.profile_set import DEFAULT_CLASS, ModelIdentity, ParetoSet, Profile
+from kvserve_api.strategy import StrategyConfig
 from kvserve_profiler.bench import Bench
 from kvserve_profiler.codec import Codec
 from kvserve_profiler.codec_bench_bundle import calibrated_folder
@@ -23,9 +27,11 @@ from kvserve_strategies.artifacts import open_store
 from kvserve_strategies.bundle import Bundle
 
 MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FINER: Final = "joint-3-finer"
+"""`joint-3-fine` with half its step, a point of the space that is searched: nothing else is between that and 8 bits."""
 NAMES: Final = (
     "none", "lossless", "int8-token", "kivi-4", "cachegen", "centred-rans-fine", "centred-rans",
-    "joint-head", "joint-layer", "joint-3-fine", "joint-3", "joint-10", "focus-3-fine", "focus-3",
+    "joint-head", "joint-layer", FINER, "joint-3-fine", "joint-3", "joint-10", "focus-3-fine", "focus-3",
 )  # fmt: skip
 TOKEN_BYTES: Final = 23_040
 """Keys and values of a token of SmolLM2-135M in bfloat16."""
@@ -43,15 +49,15 @@ def model_folder() -> Path:
 def measured(
     model: Path, bundle: Path | None, cache: Path, names: Sequence[str] = NAMES
 ) -> ParetoSet:
-    """Return all the presets with what was measured of them: from the cache, or measured now in a minute or two.
+    """Return all profiles with what was measured of them: from the cache, or measured now in a minute or two.
 
     Args:
         model: Folder of the model.
         bundle: Folder of a calibration bundle; None to calibrate once, which takes some minutes.
         cache: Where the set and the artifact store, ``artifacts``, are kept.
-        names: Presets.
+        names: Presets, or `FINER`.
     """
-    strategies = [PRESETS[name] for name in names]
+    strategies = [strategy_of(name) for name in names]
     folder = bundle or calibrated_folder(model, strategies, _say)
     opened = Bundle.open(folder)
     open_store(artifacts(cache)).put_bundle(folder)
@@ -72,7 +78,7 @@ def measured(
     kept = cache / f"profiles-{key}.json"
     if kept.is_file():
         return ParetoSet.parse(kept.read_bytes())
-    _say(f"measuring {len(names)} presets on {model.name}: once, one or two minutes")
+    _say(f"measuring {len(names)} profiles on {model.name}: once, one or two minutes")
     text = Text.builtin()
     bench = Bench(Model(source), {text.digest: text}, Settings())
     found = []
@@ -92,6 +98,18 @@ def measured(
     return result
 
 
+def strategy_of(name: str) -> StrategyConfig:
+    """Return a preset, or `FINER`."""
+    if name != FINER:
+        return PRESETS[name]
+    whole = PRESETS["joint-3-fine"].to_json()
+    for part in whole["parts"]:
+        for stage in part["chain"]:
+            if stage["id"] == "quantise.grid.v1":
+                stage["step"] /= 2
+    return StrategyConfig.from_json(whole)
+
+
 def artifacts(cache: Path) -> str:
     """Return the URL of the store from which the engines fetch the calibration."""
     return (cache / "artifacts").resolve().as_uri()
@@ -108,7 +126,7 @@ def of_front(found: ParetoSet, native_bytes: int) -> ParetoSet:
 
 
 def _profile(name: str, bench: Bench, fingerprint: str, text: str, bundle: Bundle) -> Profile:
-    strategy = PRESETS[name]
+    strategy = strategy_of(name)
     calibrated = Pipeline.of(strategy).calibrated
     codec = Codec.of(
         strategy,
