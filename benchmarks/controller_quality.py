@@ -149,7 +149,8 @@ def summary(name: str, seeds: Sequence[Mapping[str, Kept]]) -> dict[str, Any]:
     return {
         "name": name,
         "policies": policies,
-        "less_loss": min(able, default=math.inf) / max(ours["loss_bp"], LEAST_LOSS_BP),
+        # JSON has no infinity
+        "less_loss": min(able) / max(ours["loss_bp"], LEAST_LOSS_BP) if able else None,
     }
 
 
@@ -164,6 +165,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         drawn.add_row(
             row["name"],
             *(f"{p['loss_bp']:.1f} ({p['attained']:.1%})" for p in row["policies"].values()),
-            f"{row['less_loss']:.2f}",
+            "none so often" if row["less_loss"] is None else f"{row['less_loss']:.2f}",
         )
     return drawn
