@@ -90,8 +90,8 @@ class WatchedLink:
     Attributes:
         now_s: The time.
         state: The connector's own account of the link.
-        ended: Takes the native bytes of each transfer when its last chunk has been sent.
         coders: Its account of the producer's one coder.
+        ended: Takes the native bytes of each transfer when its last chunk has been sent.
     """
 
     def __init__(self, rtt_s: float) -> None:

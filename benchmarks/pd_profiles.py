@@ -28,7 +28,7 @@ from kvserve_strategies.bundle import Bundle
 
 MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FINER: Final = "joint-3-finer"
-"""`joint-3-fine` with half its step, a point of the space that is searched: nothing else is between that and 8 bits."""
+"""`joint-3-fine` with half its step, a point of the searched space: no preset between that and 8 bits loses less."""
 NAMES: Final = (
     "none", "lossless", "int8-token", "kivi-4", "cachegen", "centred-rans-fine", "centred-rans",
     "joint-head", "joint-layer", FINER, "joint-3-fine", "joint-3", "joint-10", "focus-3-fine", "focus-3",

@@ -217,6 +217,12 @@ class FrameSocket:
             if header.kind != Kind.WAIT or header.length:
                 return header
 
+    def receive_done(self) -> None:
+        """Receive the peer's word that it has everything; raises as `receive_header` does, also if it says more."""
+        header = self.receive_header()
+        if header.kind != Kind.DONE or header.length:
+            raise WireError(WireReason.MALFORMED, f"expected DONE, got {header.kind.name}")
+
     def receive_body(self, header: FrameHeader) -> bytes:
         """Receive a control message's body; its length is checked before anything is allocated."""
         if header.length > MAX_MESSAGE_BYTES:

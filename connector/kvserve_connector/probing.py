@@ -67,9 +67,7 @@ def send_padding(frames: FrameSocket, link: LinkState) -> int:
         if wished:
             sent = _send(frames, link)
         frames.send(pack_header(Kind.PADDING, 0))
-        done = frames.receive_header()
-        if done.kind != Kind.DONE or done.length != 0:
-            raise WireError(WireReason.MALFORMED, f"expected DONE, got {done.kind.name}")
+        frames.receive_done()
     finally:
         if wished:
             link.detach(frames.socket)

@@ -12,8 +12,6 @@ from kvserve_api.errors import (
     KVServeError,
     TransferError,
     TransferReason,
-    WireError,
-    WireReason,
 )
 from kvserve_api.profile_set import NONE
 from kvserve_api.telemetry import (
@@ -43,7 +41,6 @@ from kvserve_connector.links import LinkBook, LinkState
 from kvserve_connector.metrics import Metrics
 from kvserve_connector.patience import Patience
 from kvserve_connector.probing import send_padding
-from kvserve_connector.protocol import Kind
 from kvserve_connector.replies import Accept, End, Refuse
 from kvserve_connector.selector import Choice, Selector
 from kvserve_connector.staged import StagedSender
@@ -308,9 +305,7 @@ class Pulls:
         frames.send(end.pack())
         # what is still on its way may take all the time there is
         frames.set_budget(frames.left_s, patient=True)
-        done = frames.receive_header()
-        if done.kind != Kind.DONE or done.length != 0:
-            raise WireError(WireReason.MALFORMED, f"expected DONE, got {done.kind.name}")
+        frames.receive_done()
         self._metrics.sent(parts, sender.name)
         tracing.past_span(
             SPAN_ENCODE,

@@ -37,7 +37,7 @@ from kvserve_connector.stores.messages import (
 from kvserve_connector.stores.prefixes import PrefixStore
 from kvserve_connector.stores.reader import EARLY, MAX_LOADS
 from kvserve_connector.stores.url import open_kv_store
-from kvserve_connector.stores.worker import SHARED_IDLE_S, ClosedStore, StoreWorker
+from kvserve_connector.stores.worker import SAVING_IDLE_S, SHARED_IDLE_S, ClosedStore, StoreWorker
 from kvserve_connector.stores.writer import MAX_WAITING
 from tables import table
 
@@ -292,6 +292,20 @@ def test_what_is_whole_is_kept(harm: str, tmp_path: Path) -> None:
         assert not last.exists()
         writer.save("c")
         assert last.exists()
+
+
+def test_idle_steps_wait_for_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a step that computes nothing waits, and for what is only being saved no longer than a request may wait."""
+    with engine(tmp_path, seed=3) as each:
+        waited_s: list[float] = []
+        monkeypatch.setattr(each.store._changed, "wait", waited_s.append)
+        for step in (StoreStep(idle=True), StoreStep(kept=["a"])):
+            each.store.take(step)
+            each.store.take_results()
+        assert waited_s == []
+        each.store.take(StoreStep(idle=True))
+        each.store.take_results()
+        assert waited_s == [SAVING_IDLE_S]
 
 
 def test_a_store_that_is_down_costs_a_miss(tmp_path: Path) -> None:
