@@ -2,8 +2,8 @@
 
 What a pod knows at once (its link, its queue) it uses at once. The controller hears of transfers as the connector
 reports them, in one batch a second, and pushes a table when its own rules say so, looking twice a second; the pod has
-it a little later. Nothing here decides, but for whether a link is worth a probe, as `kvserve_connector.choices` does for
-a real PULL: all else only carries values at the times at which they would arrive.
+it a little later. Nothing here decides, but for whether a link is worth a probe, as `kvserve_connector.choices` does
+for a real PULL: all else only carries values at the times at which they would arrive.
 """
 
 from collections import deque
